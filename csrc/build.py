@@ -1,0 +1,21 @@
+"""Build kvmpy._native with cffi in API mode; setup.py names this file."""
+
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).parent
+
+ffibuilder = FFI()
+ffibuilder.cdef((HERE / "cdef.h").read_text())
+ffibuilder.set_source(
+    "kvmpy._native",
+    '#include "loop.h"',
+    # Relative to setup.py, as setuptools wants them.
+    sources=["csrc/loop.c", "csrc/kick.c"],
+    include_dirs=["csrc"],
+    depends=["csrc/loop.h", "csrc/cdef.h"],
+    extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+    libraries=["rt"],
+    py_limited_api=True,
+)

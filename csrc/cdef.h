@@ -1,0 +1,83 @@
+/* What Python sees of the compiled module. Read by cffi, not by a C compiler:
+ * csrc/loop.h is the C header, and the compiler checks that the two agree. */
+
+#define KVMPY_EXIT ...
+#define KVMPY_STOPPED ...
+#define KVMPY_DEADLINE ...
+#define KVMPY_MAX_EXITS ...
+#define KVMPY_HEARTBEAT ...
+#define KVMPY_POSTED ...
+#define KVMPY_COMPLETED ...
+
+#define KVMPY_PORT ...
+#define KVMPY_MMIO ...
+#define KVMPY_WRITE ...
+#define KVMPY_SIZE_SHIFT ...
+
+#define KVMPY_TO_PYTHON ...
+#define KVMPY_SINK ...
+#define KVMPY_CONSTANT ...
+#define KVMPY_CAPTURE ...
+#define KVMPY_COUNTER ...
+
+#define KVMPY_REASONS ...
+#define KVMPY_MAX_ROWS ...
+
+struct kvmpy_action {
+    uint32_t kind;
+    uint64_t value;
+    uint64_t reads;
+    uint64_t writes;
+    uint8_t *buffer;
+    uint64_t capacity;
+    uint64_t length;
+    ...;
+};
+
+struct kvmpy_range {
+    uint64_t start;
+    uint64_t end;
+    uint32_t row;
+    uint32_t action;
+};
+
+struct kvmpy_routes {
+    uint16_t *ports;
+    struct kvmpy_range *ranges;
+    uint32_t range_count;
+    struct kvmpy_action *actions;
+};
+
+struct kvmpy_loop {
+    int fd;
+    void *run;
+    struct kvmpy_routes *routes;
+    uint32_t *ring;
+    uint64_t exits_left;
+    uint64_t heartbeat_ns;
+    uint32_t raw;
+
+    uint64_t value;
+    uint64_t offset;
+    uint64_t address;
+
+    uint64_t exits[...];
+    uint64_t entries;
+    uint32_t incomplete;
+    uint32_t held;
+    uint32_t running;
+    uint32_t open;
+    ...;
+};
+
+int kvmpy_begin(struct kvmpy_loop *loop, int64_t timeout_ns);
+void kvmpy_end(struct kvmpy_loop *loop);
+int kvmpy_run(struct kvmpy_loop *loop);
+int kvmpy_finish(struct kvmpy_loop *loop);
+void kvmpy_kick(struct kvmpy_loop *loop);
+int kvmpy_unkick(struct kvmpy_loop *loop);
+void kvmpy_forget(struct kvmpy_loop *loop);
+uint64_t kvmpy_take(struct kvmpy_action *action, uint8_t *into, uint64_t limit);
+
+int kvmpy_ioctl(int fd, unsigned long request, uintptr_t argument);
+int kvmpy_ioctl_buffer(int fd, unsigned long request, void *argument);

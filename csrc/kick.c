@@ -1,0 +1,209 @@
+/* Ending KVM_RUN from outside: the kick, the deadline and the heartbeat.
+ *
+ * All three work alike: set a flag, set run->immediate_exit, signal the thread. A signal
+ * that comes while the guest runs ends KVM_RUN with EINTR; one that comes just before
+ * finds immediate_exit set, and KVM_RUN returns at once. Neither can be lost.
+ *
+ * The signal is a real-time one that the process does not use, found when it is first
+ * needed, so no handler of the caller's is replaced. The heartbeat makes KVM_RUN return
+ * a few times a second, so that Python runs its own signal handlers (Ctrl-C among them)
+ * also when their signal came on another thread or just before KVM_RUN. */
+#define _GNU_SOURCE
+#include "loop.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifndef sigev_notify_thread_id
+#define sigev_notify_thread_id _sigev_un._tid
+#endif
+
+static pthread_mutex_t signal_mutex = PTHREAD_MUTEX_INITIALIZER;
+static int kick_signal; /* 0: none chosen yet */
+static __thread struct kvmpy_loop *innermost __attribute__((tls_model("initial-exec")));
+
+static void on_signal(int number, siginfo_t *info, void *context)
+{
+    (void)number, (void)info, (void)context;
+    for (struct kvmpy_loop *loop = innermost; loop; loop = loop->outer) {
+        __atomic_store_n(&loop->beat, 1, __ATOMIC_SEQ_CST);
+        ((struct kvm_run *)loop->run)->immediate_exit = 1;
+    }
+}
+
+static int is_ours(int number)
+{
+    struct sigaction now;
+    return number && sigaction(number, NULL, &now) == 0 && (now.sa_flags & SA_SIGINFO) &&
+           now.sa_sigaction == on_signal;
+}
+
+static int choose_signal(void)
+{
+    int result = -EBUSY;
+
+    pthread_mutex_lock(&signal_mutex);
+    for (int number = SIGRTMAX - 1; number > SIGRTMIN && !is_ours(kick_signal); number--) {
+        struct sigaction now, ours;
+        if (sigaction(number, NULL, &now) || (now.sa_flags & SA_SIGINFO) ||
+            now.sa_handler != SIG_DFL)
+            continue;
+        memset(&ours, 0, sizeof(ours));
+        ours.sa_sigaction = on_signal;
+        /* KVM_RUN answers EINTR itself; SA_RESTART spares the caller's other system calls. */
+        ours.sa_flags = SA_SIGINFO | SA_RESTART | SA_ONSTACK;
+        if (sigaction(number, &ours, NULL) == 0)
+            kick_signal = number;
+    }
+    if (is_ours(kick_signal))
+        result = kick_signal;
+    pthread_mutex_unlock(&signal_mutex);
+    return result;
+}
+
+static int64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000ll + now.tv_nsec;
+}
+
+/* Set the timer for the deadline or the next heartbeat, whichever is first. */
+static int arm(struct kvmpy_loop *loop, int64_t first_ns)
+{
+    int64_t period = loop->heartbeat_ns;
+    if (first_ns < 1)
+        first_ns = 1;
+    struct itimerspec times = {
+        .it_value = {first_ns / 1000000000, first_ns % 1000000000},
+        .it_interval = {period / 1000000000, period % 1000000000},
+    };
+    return timer_settime(loop->timer, 0, &times, NULL) ? -errno : 0;
+}
+
+/* Delete the timer. A forked child must not: its timer of that number is another's. */
+void kvmpy_forget(struct kvmpy_loop *loop)
+{
+    if (loop->timer_thread && loop->timer_process == getpid())
+        timer_delete(loop->timer);
+    loop->timer_thread = 0;
+}
+
+static int make_timer(struct kvmpy_loop *loop, int number, int thread)
+{
+    struct sigevent event;
+
+    kvmpy_forget(loop);
+    memset(&event, 0, sizeof(event));
+    event.sigev_notify = SIGEV_THREAD_ID;
+    event.sigev_signo = number;
+    event.sigev_notify_thread_id = thread;
+    if (timer_create(CLOCK_MONOTONIC, &event, &loop->timer))
+        return -errno;
+    loop->timer_thread = thread;
+    loop->timer_process = getpid();
+    return 0;
+}
+
+static int32_t this_thread(void)
+{
+    static __thread int32_t thread __attribute__((tls_model("initial-exec")));
+    static __thread int32_t process __attribute__((tls_model("initial-exec")));
+
+    if (process != getpid()) { /* the first call, or the child of a fork */
+        process = getpid();
+        thread = (int32_t)syscall(SYS_gettid);
+    }
+    return thread;
+}
+
+/* Make this thread the one that runs the vCPU; timeout_ns < 0 means no deadline.
+ * -EBUSY: another thread has it, or this one further up its stack. */
+int kvmpy_begin(struct kvmpy_loop *loop, int64_t timeout_ns)
+{
+    sigset_t signals, before;
+    int32_t thread = this_thread();
+    uint32_t free = 0;
+
+    if (!__atomic_compare_exchange_n(&loop->running, &free, 1, 0, __ATOMIC_SEQ_CST,
+                                     __ATOMIC_SEQ_CST))
+        return -EBUSY;
+    int number = is_ours(kick_signal) ? kick_signal : choose_signal();
+    int result = number;
+    if (number > 0 && (loop->timer_thread != thread || loop->timer_process != getpid()))
+        result = make_timer(loop, number, thread);
+    if (result < 0) {
+        __atomic_store_n(&loop->running, 0, __ATOMIC_SEQ_CST);
+        return number < 0 ? -ENOSPC : result;
+    }
+
+    loop->deadline_ns = timeout_ns < 0 ? 0 : (uint64_t)(now_ns() + timeout_ns);
+    loop->outer = innermost;
+    innermost = loop;
+    __atomic_store_n(&loop->thread, thread, __ATOMIC_SEQ_CST);
+
+    sigemptyset(&signals);
+    sigaddset(&signals, number);
+    pthread_sigmask(SIG_UNBLOCK, &signals, &before);
+    loop->was_blocked = sigismember(&before, number) ? number : 0;
+
+    int64_t first = (int64_t)loop->heartbeat_ns;
+    return arm(loop, timeout_ns >= 0 && timeout_ns < first ? timeout_ns : first);
+}
+
+/* This thread is done with the vCPU. */
+void kvmpy_end(struct kvmpy_loop *loop)
+{
+    static const struct itimerspec never;
+    sigset_t signals;
+
+    timer_settime(loop->timer, 0, &never, NULL);
+    if (loop->was_blocked) {
+        sigemptyset(&signals);
+        sigaddset(&signals, loop->was_blocked);
+        pthread_sigmask(SIG_BLOCK, &signals, NULL);
+    }
+    innermost = loop->outer;
+    __atomic_store_n(&loop->thread, 0, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&loop->running, 0, __ATOMIC_SEQ_CST);
+}
+
+/* End the run under way, or the next one, whichever thread runs it. */
+void kvmpy_kick(struct kvmpy_loop *loop)
+{
+    __atomic_store_n(&loop->stop, 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&((struct kvm_run *)loop->run)->immediate_exit, 1, __ATOMIC_SEQ_CST);
+    int32_t thread = __atomic_load_n(&loop->thread, __ATOMIC_SEQ_CST);
+    if (thread)
+        syscall(SYS_tgkill, getpid(), thread, kick_signal);
+}
+
+/* Take back a kick that no run has answered yet: 1 if there was one. */
+int kvmpy_unkick(struct kvmpy_loop *loop)
+{
+    return (int)__atomic_exchange_n(&loop->stop, 0, __ATOMIC_SEQ_CST);
+}
+
+/* KVM_RUN said EINTR: why? The flags are looked at after immediate_exit is cleared, so
+ * that whoever sets them later sets immediate_exit again. */
+int kvmpy_interrupted(struct kvmpy_loop *loop)
+{
+    struct kvm_run *run = loop->run;
+
+    __atomic_store_n(&run->immediate_exit, 0, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&loop->beat, 0, __ATOMIC_SEQ_CST);
+    if (kvmpy_unkick(loop))
+        return KVMPY_STOPPED;
+    if (loop->deadline_ns) {
+        int64_t left = (int64_t)loop->deadline_ns - now_ns();
+        if (left <= 0)
+            return KVMPY_DEADLINE;
+        if (left < (int64_t)loop->heartbeat_ns)
+            arm(loop, left);
+    }
+    return KVMPY_HEARTBEAT;
+}

@@ -1,0 +1,311 @@
+/* The hot loop: enter the guest, serve in C what has a route in C, hand over the rest. */
+#include "loop.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/ioctl.h>
+
+int kvmpy_ioctl(int fd, unsigned long request, uintptr_t argument)
+{
+    int result = ioctl(fd, request, argument);
+    return result < 0 ? -errno : result;
+}
+
+int kvmpy_ioctl_buffer(int fd, unsigned long request, void *argument)
+{
+    return kvmpy_ioctl(fd, request, (uintptr_t)argument);
+}
+
+static void lock(struct kvmpy_action *action)
+{
+    while (__atomic_exchange_n(&action->lock, 1, __ATOMIC_ACQUIRE))
+        ;
+}
+
+static void unlock(struct kvmpy_action *action)
+{
+    __atomic_store_n(&action->lock, 0, __ATOMIC_RELEASE);
+}
+
+/* Move at most limit captured bytes out of a KVMPY_CAPTURE action; how many it moved. */
+uint64_t kvmpy_take(struct kvmpy_action *action, uint8_t *into, uint64_t limit)
+{
+    lock(action);
+    uint64_t count = action->length < limit ? action->length : limit;
+    memcpy(into, action->buffer, count);
+    memmove(action->buffer, action->buffer + count, action->length - count);
+    action->length -= count;
+    unlock(action);
+    return count;
+}
+
+static int capture(struct kvmpy_action *action, const uint8_t *data, uint32_t size)
+{
+    lock(action);
+    int fits = action->length + size <= action->capacity;
+    if (fits) {
+        memcpy(action->buffer + action->length, data, size);
+        action->length += size;
+    }
+    unlock(action);
+    return fits;
+}
+
+/* Serve one access in C. 1: done; 0: it is Python's. */
+static int served(struct kvmpy_action *action, uint8_t *data, uint32_t size, int write)
+{
+    uint64_t answer = ~0ull;
+
+    switch (action->kind) {
+    case KVMPY_CAPTURE:
+        if (write && !capture(action, data, size))
+            return 0; /* full: Python takes what is there, and this access */
+        break;
+    case KVMPY_CONSTANT:
+        answer = action->value;
+        break;
+    case KVMPY_SINK:
+    case KVMPY_COUNTER:
+        break;
+    default:
+        return 0;
+    }
+    __atomic_fetch_add(write ? &action->writes : &action->reads, 1, __ATOMIC_RELAXED);
+    if (!write)
+        memcpy(data, &answer, size);
+    return 1;
+}
+
+/* Hand one access to Python; a read that nobody answers reads as all ones. */
+static int hand_over(struct kvmpy_loop *loop, const uint8_t *data, uint32_t size, int write)
+{
+    loop->value = 0;
+    if (write)
+        memcpy(&loop->value, data, size);
+    else
+        memset(&loop->value, 0xff, size);
+    loop->awaiting = 1;
+    return write ? KVMPY_WRITE : 0;
+}
+
+static uint8_t *io_data(struct kvm_run *run, uint32_t element)
+{
+    return (uint8_t *)run + run->io.data_offset + (uint64_t)element * run->io.size;
+}
+
+/* A string instruction's exit carries count elements; each is an access of its own. */
+static int serve_io(struct kvmpy_loop *loop, struct kvm_run *run)
+{
+    uint32_t size = run->io.size;
+    int write = run->io.direction == KVM_EXIT_IO_OUT;
+    struct kvmpy_action *action = loop->routes->actions + loop->routes->ports[run->io.port];
+
+    for (; loop->element < run->io.count; loop->element++) {
+        uint8_t *data = io_data(run, loop->element);
+        if (!served(action, data, size, write)) {
+            loop->address = run->io.port;
+            return hand_over(loop, data, size, write) | KVMPY_PORT |
+                   (size >> 1) << KVMPY_SIZE_SHIFT | run->io.port;
+        }
+    }
+    return 0;
+}
+
+static const struct kvmpy_range *find_range(struct kvmpy_loop *loop, uint64_t address)
+{
+    const struct kvmpy_routes *routes = loop->routes;
+    uint32_t low = 0, high = routes->range_count;
+
+    if (loop->last_range < high) {
+        const struct kvmpy_range *last = routes->ranges + loop->last_range;
+        if (last->start <= address && address < last->end)
+            return last;
+    }
+    while (low < high) {
+        uint32_t middle = (low + high) / 2;
+        const struct kvmpy_range *range = routes->ranges + middle;
+        if (address < range->start)
+            high = middle;
+        else if (address >= range->end)
+            low = middle + 1;
+        else {
+            loop->last_range = middle;
+            return range;
+        }
+    }
+    return NULL;
+}
+
+static int serve_mmio(struct kvmpy_loop *loop, struct kvm_run *run)
+{
+    uint32_t size = run->mmio.len;
+    int write = run->mmio.is_write != 0;
+
+    if (loop->element)
+        return 0;
+    const struct kvmpy_range *range = find_range(loop, run->mmio.phys_addr);
+    if (range && served(loop->routes->actions + range->action, run->mmio.data, size, write)) {
+        loop->element = 1;
+        return 0;
+    }
+    loop->address = run->mmio.phys_addr;
+    loop->offset = run->mmio.phys_addr - (range ? range->start : 0);
+    return hand_over(loop, run->mmio.data, size, write) | KVMPY_MMIO |
+           size << (KVMPY_SIZE_SHIFT - 4) | (range ? range->row : 0);
+}
+
+/* Python has served the access that it was handed: put a read's answer in its place. */
+static void answer(struct kvmpy_loop *loop, struct kvm_run *run)
+{
+    if (run->exit_reason == KVM_EXIT_MMIO) {
+        if (!run->mmio.is_write)
+            memcpy(run->mmio.data, &loop->value, run->mmio.len);
+    } else if (run->io.direction == KVM_EXIT_IO_IN) {
+        memcpy(io_data(run, loop->element), &loop->value, run->io.size);
+    }
+    loop->element++;
+    loop->awaiting = 0;
+}
+
+/* Serve what is left of the current exit; an access for Python, or 0 when all is served. */
+static int serve(struct kvmpy_loop *loop, struct kvm_run *run)
+{
+    if (loop->awaiting)
+        answer(loop, run);
+    int access = run->exit_reason == KVM_EXIT_IO ? serve_io(loop, run) : serve_mmio(loop, run);
+    loop->open = access != 0;
+    return access;
+}
+
+/* After these the kernel finishes the instruction at the next KVM_RUN. */
+static int unfinished(const struct kvm_run *run)
+{
+    switch (run->exit_reason) {
+    case KVM_EXIT_IO:
+    case KVM_EXIT_MMIO:
+    case KVM_EXIT_HYPERCALL:
+    case KVM_EXIT_X86_RDMSR:
+    case KVM_EXIT_X86_WRMSR:
+    case KVM_EXIT_HYPERV:
+    case KVM_EXIT_XEN:
+        return 1;
+    default:
+        return 0;
+    }
+}
+
+/* An unanswered read of the raw kind reads as all ones too. */
+static void fill_with_ones(struct kvm_run *run)
+{
+    if (run->exit_reason == KVM_EXIT_MMIO && !run->mmio.is_write)
+        memset(run->mmio.data, 0xff, sizeof(run->mmio.data));
+    else if (run->exit_reason == KVM_EXIT_IO && run->io.direction == KVM_EXIT_IO_IN)
+        memset(io_data(run, 0), 0xff, (size_t)run->io.size * run->io.count);
+}
+
+/* KVM_RUN came back with an exit: count it, and say whether it is one to serve. */
+static int arrived(struct kvmpy_loop *loop, struct kvm_run *run)
+{
+    uint32_t reason = run->exit_reason & (KVMPY_REASONS - 1);
+    int io = reason == KVM_EXIT_IO, mmio = reason == KVM_EXIT_MMIO;
+    int write = io ? run->io.direction == KVM_EXIT_IO_OUT : mmio && run->mmio.is_write;
+
+    loop->exits[reason + (write ? KVMPY_REASONS : 0)]++;
+    loop->exits_left--;
+    loop->incomplete = unfinished(run);
+    if (!io && !mmio)
+        return 0;
+    if (loop->raw) {
+        fill_with_ones(run);
+        return 0;
+    }
+    loop->element = 0;
+    return 1;
+}
+
+static int enter(struct kvmpy_loop *loop)
+{
+    int result = ioctl(loop->fd, KVM_RUN, 0);
+    loop->entries++;
+    return result < 0 ? -errno : 0;
+}
+
+/* Run the guest until Python is needed. */
+int kvmpy_run(struct kvmpy_loop *loop)
+{
+    struct kvm_run *run = loop->run;
+
+    for (;;) {
+        if (loop->open) {
+            int access = serve(loop, run);
+            if (access)
+                return access;
+        }
+        if (loop->held) {
+            loop->held = 0;
+            return KVMPY_EXIT;
+        }
+        if (__atomic_load_n(&loop->stop, __ATOMIC_ACQUIRE) && kvmpy_unkick(loop))
+            return KVMPY_STOPPED;
+        if (!loop->exits_left)
+            return KVMPY_MAX_EXITS;
+
+        int result = enter(loop);
+        if (result == -EAGAIN)
+            continue; /* a vCPU that waits for INIT and SIPI has just had one of them */
+        if (result == -EINTR) {
+            loop->incomplete = 0;
+            result = kvmpy_interrupted(loop);
+            if (result != KVMPY_EXIT)
+                return result;
+            continue;
+        }
+        if (result < 0)
+            return result;
+        int access = arrived(loop, run);
+        loop->open = access;
+        /* Coalesced writes came first, so they are served first. */
+        if (loop->ring && loop->ring[0] != loop->ring[1]) {
+            loop->held = !access;
+            return KVMPY_POSTED;
+        }
+        if (!access)
+            return KVMPY_EXIT;
+    }
+}
+
+/* Finish the exit at hand without running the guest any further: KVM_RUN with
+ * immediate_exit commits it (KVM API, 5. "The kvm_run structure", immediate_exit). A split or
+ * exchanging access gives another exit, which is served as well. */
+int kvmpy_finish(struct kvmpy_loop *loop)
+{
+    struct kvm_run *run = loop->run;
+
+    for (;;) {
+        if (loop->open) {
+            int access = serve(loop, run);
+            if (access)
+                return access;
+        }
+        if (!loop->incomplete)
+            return KVMPY_COMPLETED;
+
+        run->immediate_exit = 1;
+        int result = enter(loop);
+        __atomic_store_n(&run->immediate_exit, 0, __ATOMIC_SEQ_CST);
+        if (__atomic_load_n(&loop->stop, __ATOMIC_SEQ_CST) ||
+            __atomic_load_n(&loop->beat, __ATOMIC_SEQ_CST))
+            run->immediate_exit = 1; /* somebody meant it for the next run */
+        if (result == -EINTR || result == -EAGAIN) {
+            loop->incomplete = 0;
+            return KVMPY_COMPLETED;
+        }
+        if (result < 0)
+            return result;
+        loop->open = arrived(loop, run);
+        if (!loop->open) {
+            loop->held = 1;
+            return loop->incomplete ? KVMPY_EXIT : KVMPY_COMPLETED;
+        }
+    }
+}

@@ -1,0 +1,86 @@
+"""What `kvmpy run` prints of a guest that crashed: registers, code, and what to try."""
+
+import sys
+from typing import Final
+
+from kvmpy.errors import KvmpyError
+from kvmpy.exits import InternalError
+from kvmpy.machine import Machine
+from kvmpy.result import OUTCOMES, Result
+from kvmpy.x86.registers import REGISTER_NAMES
+from kvmpy.x86.state import SpecialRegisters
+
+__all__ = ["disassemble", "postmortem"]
+
+_HINTS: Final = {
+    "shutdown": "an exception met no handler: load an IDT, check the stack and the page tables; "
+    "or run it with --ring 3, where kvmpy reports exceptions by name",
+    "internal-error": "this host's KVM cannot emulate the instruction: use another one, or run "
+    "the code in 64-bit ring 3; `kvmpy info` says what runs natively",
+    "fail-entry": "the register state breaks a rule of VM entry (SDM Vol.3 27.3): look at the "
+    "control registers and segments",
+    "unclaimed": "attach a device there, or leave out --strict",
+    "exception": "look at the instruction above; `kvmpy asm` shows addresses beside the source",
+}
+
+
+def postmortem(machine: Machine, result: Result) -> None:
+    """Write it to standard error."""
+    exception = result.exception
+    text = [f"kvmpy: {result.outcome}: {OUTCOMES[result.outcome]}"]
+    if result.detail:
+        text.append(f"  {result.detail}")
+    registers = result.registers.as_dict()
+    names = list(REGISTER_NAMES)
+    for at in range(0, len(names), 4):
+        row = names[at : at + 4]
+        text.append("  " + "  ".join(f"{name:>6} {registers[name]:016x}" for name in row))
+    special = machine.cpus[0].get_sregs()
+    text.append(
+        f"     cs {special.cs.selector:04x} base {special.cs.base:x}  ss {special.ss.selector:04x}"
+        f"  cr0 {special.cr0:x}  cr2 {special.cr2:x}  cr3 {special.cr3:x}  cr4 {special.cr4:x}"
+        f"  efer {special.efer:x}"
+    )
+    rip = result.registers.rip if exception is None else exception.rip
+    code = result.exit.instruction if isinstance(result.exit, InternalError) else b""
+    text += [f"  {line}" for line in disassemble(machine, special, rip, code)]
+    text.append(f"  try: {_HINTS[result.outcome]}")
+    try:
+        sys.stderr.write("\n".join(text) + "\n")
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):
+        pass  # standard error is closed
+
+
+def disassemble(
+    machine: Machine, special: SpecialRegisters, rip: int, code: bytes, count: int = 3
+) -> list[str]:
+    """The next instructions at `rip`, one a line, as the vCPU's mode reads them.
+
+    `code` are their bytes if they are known; otherwise they are read through its page tables.
+    """
+    from capstone import CS_ARCH_X86, CS_MODE_16, CS_MODE_32, CS_MODE_64, Cs
+
+    code = code or _read_code(machine, special.cs.base + rip)
+    if not code:
+        return [f"rip {rip:#x} leads to no memory"]
+    mode = CS_MODE_64 if special.cs.l else CS_MODE_32 if special.cs.db else CS_MODE_16
+    lines = [
+        f"{one.address:#x}: {one.bytes.hex(' '):<24} {one.mnemonic} {one.op_str}".rstrip()
+        for one in Cs(CS_ARCH_X86, mode).disasm(code, rip, count)
+    ]
+    return lines or [f"{rip:#x}: {code.hex(' ')}  (no instruction)"]
+
+
+def _read_code(machine: Machine, linear: int) -> bytes:
+    """Up to 15 bytes of code at a linear address, as far as they are mapped."""
+    code = bytearray()
+    for address in range(linear, linear + 15):
+        try:
+            physical = machine.cpus[0].translate(address).physical
+            if physical is None:
+                break
+            code += machine.memory.read(physical, 1)
+        except KvmpyError:
+            break
+    return bytes(code)

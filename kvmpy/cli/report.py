@@ -1,0 +1,68 @@
+"""`--report`: what happened in a run, as JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kvmpy.errors import ConfigError
+from kvmpy.kvm import backend
+from kvmpy.machine import Machine
+from kvmpy.result import Result
+
+__all__ = ["Report"]
+
+
+class Report:
+    """Writes the report, if a path was given; ConfigError at once if it cannot be written."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.mode = ""
+        if path is not None:
+            self._write(path, "")
+
+    def _write(self, path: Path, text: str) -> None:
+        try:
+            path.write_text(text)
+        except OSError as error:
+            raise ConfigError(f"cannot write the report {path}: {error.strerror}") from None
+
+    def finished(self, machine: Machine, result: Result, status: int) -> int:
+        """Report a run that came to a result; the status again."""
+        facts = {
+            "detail": result.detail,
+            "value": result.value,
+            "unclaimed": list(result.unclaimed),
+            "seconds": result.seconds,
+            "exits": dict(result.exits),
+            "registers": result.registers.as_dict(),
+        }
+        return self._finish(machine, result.outcome, status, facts)
+
+    def failed(self, machine: Machine, outcome: str, status: int) -> int:
+        """Report a run that an exception ended; the status again."""
+        cpu = machine.cpus[0]
+        facts = {
+            "detail": "",
+            "value": None,
+            "unclaimed": machine.unclaimed(),
+            "seconds": machine.seconds,
+            "exits": cpu.exit_counts(),
+            "registers": cpu.get_regs().as_dict(),
+        }
+        return self._finish(machine, outcome, status, facts)
+
+    def _finish(self, machine: Machine, outcome: str, status: int, facts: dict[str, Any]) -> int:
+        if self.path is not None:
+            report = {
+                "outcome": outcome,
+                "exit_status": status,
+                **facts,
+                "mode": self.mode,
+                "backend": backend(),
+                # Bytes that are no UTF-8 become lone surrogates, and can be turned back:
+                # console.encode("utf-8", "surrogateescape").
+                "console": machine.console.decode("utf-8", "surrogateescape"),
+            }
+            self._write(self.path, json.dumps(report, indent=2) + "\n")
+        return status

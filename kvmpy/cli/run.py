@@ -1,0 +1,122 @@
+"""`kvmpy run`: boot a guest, its console on standard output, and say how it ended."""
+
+from pathlib import Path
+from typing import Final
+
+import click
+
+from kvmpy.boot.image import load_image
+from kvmpy.cli import HOST_FAILED, INTERRUPTED, complain
+from kvmpy.cli.options import ADDRESS, SIZE
+from kvmpy.cli.postmortem import postmortem
+from kvmpy.cli.report import Report
+from kvmpy.cli.stdio import input_file, read_input, write_output
+from kvmpy.devices import exit_status
+from kvmpy.errors import HostError, KvmpyError
+from kvmpy.machine import Machine
+from kvmpy.modes import MODES
+from kvmpy.result import Result
+
+__all__ = ["run"]
+
+TIMED_OUT: Final = 124
+CRASHED: Final = 126
+_STATUS: Final = {
+    "halt": 0,
+    "reset": 0,
+    "power-off": 0,
+    "timeout": TIMED_OUT,
+    "max-exits": TIMED_OUT,
+    "interrupted": INTERRUPTED,
+}
+
+
+@click.command()
+@click.argument("guest")
+@click.option("--mode", type=click.Choice(("auto", *MODES)), default="auto", show_default=True)
+@click.option("--ring", type=click.Choice(("0", "3")), help="The privilege level to start at.")
+@click.option("--memory", type=SIZE, metavar="SIZE", help="RAM, such as 64M.  [default: 16M]")
+@click.option("--load", type=ADDRESS, metavar="ADDR", help="Where a flat image goes.")
+@click.option("--entry", type=ADDRESS, metavar="ADDR", help="Where the guest starts.")
+@click.option("--input", "input_path", type=click.Path(path_type=Path), metavar="FILE",
+              help="Feed the serial port from FILE instead of standard input.")  # fmt: skip
+@click.option("--timeout", type=click.FloatRange(min=0, max=1e6), metavar="SECONDS",
+              help="End the run after that long.")  # fmt: skip
+@click.option(
+    "--max-exits", type=click.IntRange(min=1), metavar="N", help="... or that many exits."
+)
+@click.option("--strict", is_flag=True, help="An access that no device claims ends the run.")
+@click.option("--posted-console", is_flag=True,
+              help="Let KVM collect console bytes: cheaper, up to 50 ms late.")  # fmt: skip
+@click.option("--report", "report_path", type=click.Path(path_type=Path), metavar="FILE",
+              help="Write what happened to FILE as JSON.")  # fmt: skip
+def run(
+    guest: str,
+    mode: str,
+    ring: str | None,
+    memory: int | None,
+    load: int | None,
+    entry: int | None,
+    input_path: Path | None,
+    timeout: float | None,
+    max_exits: int | None,
+    strict: bool,
+    posted_console: bool,
+    report_path: Path | None,
+) -> int:
+    """Run GUEST: a .S source, a static ELF64, a flat binary, or a shipped guest's name.
+
+    Exit status: 0 halt, reset, power-off; ((v << 1) | 1) & 255 for a debug-exit of v; 2 bad
+    input; 124 timeout or max-exits; 125 the host, kvmpy or a device failed; 126 the guest
+    crashed; 130 Ctrl-C.
+    """
+    report = Report(report_path)
+    image = load_image(
+        guest, mode=mode, ring=None if ring is None else int(ring), load=load, entry=entry
+    )
+    report.mode = image.mode
+    source = read_input() if input_path is None else input_file(input_path)
+    header_memory = image.header.memory if image.header else None
+    machine = Machine(
+        memory=memory or header_memory or "16M",
+        mode=image.mode,
+        ring=image.ring or 0,
+        output=write_output,
+        input=source,
+        strict=strict,
+        posted_console=posted_console,
+    )
+    with machine:
+        machine.load_image(image)
+        return _run(machine, report, timeout, max_exits)
+
+
+def _run(machine: Machine, report: Report, timeout: float | None, max_exits: int | None) -> int:
+    try:
+        result = machine.run(timeout=timeout, max_exits=max_exits)
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return report.failed(machine, "interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        complain("standard output was closed early; the guest was stopped")
+        return report.failed(machine, "device-error", HOST_FAILED)
+    except HostError as error:
+        complain(str(error))
+        return report.failed(machine, "host-error", HOST_FAILED)
+    except KvmpyError as error:
+        complain(str(error))
+        return report.failed(machine, "device-error", HOST_FAILED)
+    status = _status(result)
+    for line in result.unclaimed:
+        complain(f"no device claims {line}")
+    if result.crashed:
+        postmortem(machine, result)
+    elif status in (TIMED_OUT, HOST_FAILED) and result.outcome != "debug-exit":
+        complain(str(result))
+    return report.finished(machine, result, status)
+
+
+def _status(result: Result) -> int:
+    if result.outcome == "debug-exit":
+        return exit_status(result.value or 0)
+    return CRASHED if result.crashed else _STATUS.get(result.outcome, HOST_FAILED)

@@ -1,0 +1,61 @@
+"""What a run came to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kvmpy.exits import Exit
+from kvmpy.x86.exceptions import GuestException
+from kvmpy.x86.registers import Registers
+
+__all__ = ["OUTCOMES", "Result"]
+
+OUTCOMES = {
+    "halt": "the guest executed HLT",
+    "reset": "the guest asked for a reset",
+    "power-off": "the guest switched the machine off",
+    "debug-exit": "the guest wrote to the debug-exit device",
+    "shutdown": "triple fault: an exception while delivering an exception could not be delivered",
+    "internal-error": "KVM could not go on",
+    "fail-entry": "the processor refused to enter the guest in this state",
+    "unclaimed": "the guest touched what no device claims",
+    "exception": "the guest's ring-3 code raised an exception",
+    "timeout": "the time given to the run was over",
+    "max-exits": "the number of exits given to the run was reached",
+    "stopped": "stop() was called",
+}
+"""The outcomes of a run and what each means. A run can also end by an exit that belongs to
+nothing in the machine, such as a breakpoint; its outcome is then that exit's kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One run of one vCPU.
+
+    `outcome` is one of `OUTCOMES`; `detail` says more, in words, where there is more.
+    `exits` counts this run's exits by kind, whoever served them; `seconds` is its duration;
+    `registers` are the general registers at its end. `value` is what the guest wrote to the
+    debug-exit device, `exception` what its ring-3 code raised, `exit` the exit that ended the
+    run, each None where there was none. `unclaimed` are lines on accesses nobody claimed.
+    """
+
+    outcome: str
+    registers: Registers
+    seconds: float
+    exits: Mapping[str, int] = field(default_factory=dict)
+    detail: str = ""
+    value: int | None = None
+    exception: GuestException | None = None
+    exit: Exit | None = None
+    unclaimed: tuple[str, ...] = ()
+
+    @property
+    def crashed(self) -> bool:
+        """Whether the guest died of its own fault."""
+        crashes = ("shutdown", "internal-error", "fail-entry", "unclaimed", "exception")
+        return self.outcome in crashes
+
+    def __str__(self) -> str:
+        text = OUTCOMES.get(self.outcome, self.outcome)
+        total = sum(self.exits.values())
+        end = f" ({self.detail})" if self.detail else ""
+        return f"{self.outcome}: {text}{end}; {total} exits in {self.seconds:.6f} s"

@@ -1,0 +1,84 @@
+"""The run loop's Python half: call the device that an access is for, and go on.
+
+This is the hot path. It builds no object per exit: the C loop gives one number, one dict
+lookup gives the function, and the device gets plain integers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from kvmpy.abi import lib
+from kvmpy.bus import Bus
+from kvmpy.dispatch import Dispatch, bad_answer
+from kvmpy.exits import Exit, MmioRead, MmioWrite, PortIn, PortOut
+from kvmpy.vcpu import VCPU
+
+__all__ = ["serve", "serve_one", "serve_posted"]
+
+_PORT, _WRITE = lib.KVMPY_PORT, lib.KVMPY_WRITE
+_HEARTBEAT, _POSTED = lib.KVMPY_HEARTBEAT, lib.KVMPY_POSTED
+
+
+def serve(
+    step: Callable[[Any], int], loop: Any, dispatch: Dispatch, drain: Callable[[], None]
+) -> int:
+    """Serve accesses until `step`, one of C's functions, returns something else: that.
+
+    `drain` is called a few times a second, and when coalesced writes wait. An exception of a
+    device's leaves with a note that says what the device was serving.
+    """
+    served, resolve = dispatch.served, dispatch.resolve
+    while True:
+        code = step(loop)
+        if code >= _PORT:
+            try:
+                function, offset, size, limit, name = served[code]
+            except KeyError:
+                function, offset, size, limit, name = resolve(code)
+            if offset is None:
+                offset = loop.offset
+            try:
+                if code & _WRITE:
+                    function(offset, size, loop.value)
+                    continue
+                value = function(offset, size)
+            except Exception as error:
+                kind = "write" if code & _WRITE else "read"
+                where = f"{'port' if code & _PORT else 'address'} {loop.address:#x}"
+                error.add_note(f"raised by device {name}, serving a {size}-byte {kind} at {where}")
+                raise
+            try:
+                if not 0 <= value <= limit:
+                    raise bad_answer(name, loop.address, size, value)
+                loop.value = value
+            except TypeError:
+                raise bad_answer(name, loop.address, size, value) from None
+        elif code in (_HEARTBEAT, _POSTED):
+            drain()
+        else:
+            return code
+
+
+def serve_posted(vcpu: VCPU, dispatch: Dispatch) -> None:
+    """Serve the writes that piled up in the coalesced ring, in the guest's order."""
+    for port, address, size, value in vcpu.drain_ring():
+        dispatch.write(dispatch.ports if port else dispatch.mmio, address, size, value)
+
+
+def serve_one(vcpu: VCPU, dispatch: Dispatch, exit_: Exit) -> None:
+    """Serve one exit of the teaching path; others than port and MMIO exits are left alone."""
+    match exit_:
+        case PortOut(port=port, size=size):
+            for value in exit_.values:
+                dispatch.write(dispatch.ports, port, size, value)
+        case PortIn(port=port, size=size, count=count):
+            vcpu.reply(_read(dispatch, dispatch.ports, port, size, count))
+        case MmioWrite(address=address, data=data):
+            dispatch.write(dispatch.mmio, address, len(data), exit_.value)
+        case MmioRead(address=address, size=size):
+            vcpu.reply(_read(dispatch, dispatch.mmio, address, size, 1))
+
+
+def _read(dispatch: Dispatch, bus: Bus, address: int, size: int, count: int) -> bytes:
+    values = (dispatch.read(bus, address, size) for _ in range(count))
+    return b"".join(value.to_bytes(size, "little") for value in values)

@@ -1,0 +1,239 @@
+"""A vCPU's descriptor: running it, its exits, and finishing them."""
+
+import errno
+import mmap
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from kvmpy.abi import address_of, ffi, host_error, lib
+from kvmpy.errors import ConfigError, HostError, PendingExitError
+from kvmpy.exits import (
+    OFFSET_DIRTY_REGS,
+    OFFSET_REASON,
+    OFFSET_UNION,
+    Exit,
+    Interrupted,
+    MmioRead,
+    MsrRead,
+    PortIn,
+    decode,
+    exit_kind,
+)
+from kvmpy.vcpuregs import SREGS, SYNC_REGS, SYNC_SREGS, VcpuRegisters
+from kvmpy.x86.state import SpecialRegisters
+
+__all__ = ["VCPU"]
+
+HEARTBEAT_NS: Final = 50_000_000
+_NO_LIMIT: Final = (1 << 64) - 1
+_RUN_ERRORS = {
+    errno.ENOSPC: "the VM has no memory: add_memory() first",
+    errno.EIO: "a vCPU runs only in the process that made its VM: make a new one after fork",
+    errno.EFAULT: "the guest touched memory that the host cannot reach",
+}
+
+
+class VCPU(VcpuRegisters):
+    """One vCPU, made by `VM.create_vcpu()`; its id is `index`.
+
+    It is run by one thread at a time, in the process that made it. It owns the descriptor
+    `fd` from the start, also if its construction fails.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        index: int,
+        mmap_size: int,
+        *,
+        sync_regs: int,
+        ring_page: int,
+        xsave_size: int,
+    ) -> None:
+        super().__init__(fd, f"vCPU {index}")
+        self.index = index
+        self.can_sync = sync_regs
+        self._xsave_size = xsave_size
+        self.finisher: Callable[[], None] | None = None
+        """Serves what finishing an exit brings up; a machine sets it."""
+        try:
+            self._run = run = mmap.mmap(fd, mmap_size)
+        except BaseException:
+            self.close()
+            raise
+        self.loop: Any = ffi.new("struct kvmpy_loop *")
+        """The C loop's view of this vCPU (csrc/loop.h)."""
+        self.loop.fd = fd
+        self.loop.run = ffi.cast("void *", address_of(run))
+        self.loop.heartbeat_ns = HEARTBEAT_NS
+        self.loop.exits_left = _NO_LIMIT
+        self._ring_offset = ring_page * mmap.PAGESIZE
+        self.sync_regs = sync_regs & SYNC_REGS
+
+    def close(self) -> None:
+        """Unmap and close the vCPU; calling it again does nothing."""
+        if self._runner:
+            raise ConfigError(f"{self.what} is running: stop it before closing it")
+        if self._run is not None:
+            lib.kvmpy_forget(self.loop)
+            self._run.close()
+            self._run = None
+        super().close()
+
+    # Running ------------------------------------------------------------------------------
+
+    @contextmanager
+    def entered(self, timeout: float | None = None, *, raw: bool = False) -> Iterator[Any]:
+        """Make this thread the one that runs the vCPU, for the C loop's functions."""
+        self.run_page  # noqa: B018 - refuse a closed one
+        timeout_ns = nanoseconds(timeout)
+        code = lib.kvmpy_begin(self.loop, timeout_ns)
+        if code < 0:
+            raise self._begin_error(-code)
+        self._runner = threading.get_ident()
+        before, self.loop.raw = self.loop.raw, raw
+        try:
+            yield self.loop
+        finally:
+            self.loop.raw = before
+            self._runner = 0
+            lib.kvmpy_end(self.loop)
+
+    def _begin_error(self, code: int) -> Exception:
+        if code == errno.EBUSY:
+            return ConfigError(f"{self.what} is already running: one thread at a time, once")
+        if code == errno.ENOSPC:
+            return HostError("all real-time signals are taken: kvmpy needs one for itself", code)
+        return host_error(code, "making the timer of a vCPU")
+
+    def run(self, timeout: float | None = None) -> Exit:
+        """Enter the guest and return its next exit; `timeout` is in seconds.
+
+        A `kick()` or the timeout give `Interrupted`. Ctrl-C raises KeyboardInterrupt, and the
+        vCPU can be run on. A read (`PortIn`, `MmioRead`, `MsrRead`) is answered by `reply`
+        before the next run, or else reads as all ones.
+        """
+        if self.loop.open and self.finisher is not None:
+            self.finisher()
+        with self.entered(timeout, raw=True) as loop:
+            while True:
+                code = lib.kvmpy_run(loop)
+                if code == lib.KVMPY_EXIT:
+                    return decode(memoryview(self.run_page))
+                if code == lib.KVMPY_STOPPED:
+                    return Interrupted("stopped")
+                if code == lib.KVMPY_DEADLINE:
+                    return Interrupted("timeout")
+                if code < 0:
+                    raise self.run_error(-code)
+
+    def run_error(self, code: int) -> Exception:
+        """The exception for an errno of KVM_RUN's, with what to do about it."""
+        dirty = self.run_page[OFFSET_DIRTY_REGS]
+        if code == errno.EINVAL and dirty & SYNC_SREGS:
+            sregs = SpecialRegisters.unpack(self.run_page[SREGS])
+            self.run_page[OFFSET_DIRTY_REGS] = dirty & ~SYNC_SREGS
+            return ConfigError(
+                f"KVM refuses the special registers that were set: cr0={sregs.cr0:#x} "
+                f"cr3={sregs.cr3:#x} cr4={sregs.cr4:#x} efer={sregs.efer:#x}; "
+                "see SDM Vol.3 2.5 for what goes together"
+            )
+        return host_error(code, f"KVM_RUN of {self.what}", _RUN_ERRORS.get(code, ""))
+
+    def kick(self) -> None:
+        """End the run under way, or the next one, with `Interrupted`; from any thread."""
+        if self._run is not None:
+            lib.kvmpy_kick(self.loop)
+
+    def reply(self, data: bytes, *, error: bool = False) -> None:
+        """Answer the read that the last exit asked for: `size` times `count` bytes.
+
+        For an MSR it is 8 bytes, and with `error` (also for `MsrWrite`) the guest gets #GP.
+        """
+        run = self.run_page
+        exit_ = decode(memoryview(run))
+        match exit_:
+            case PortIn(size=size, count=count):
+                (at,) = struct.unpack_from("<Q", run, OFFSET_UNION + 8)
+                expected = size * count
+            case MmioRead(size=size):
+                at, expected = OFFSET_UNION + 8, size
+            case MsrRead():
+                at, expected = OFFSET_UNION + 16, 8
+            case _:
+                at = expected = 0
+        kind = exit_kind(run[OFFSET_REASON])
+        if not self.loop.incomplete or (not expected and not error):
+            raise PendingExitError(f"the last exit ({kind}) asks for no reply")
+        if len(data) != expected:
+            raise ConfigError(f"this {kind} takes a reply of {expected} bytes, not {len(data)}")
+        run[at : at + expected] = data
+        if kind.startswith("msr"):
+            run[OFFSET_UNION] = error
+
+    def finish(self) -> None:
+        """Finish the exit at hand, without running the guest any further.
+
+        An IN, OUT, MMIO or MSR access is carried out by KVM only when the vCPU is entered
+        again, so this comes before its state is written or kept. Where that gives another
+        exit (one access split in two), it raises PendingExitError, and `run()` returns it.
+        """
+        if not self.loop.incomplete and not self.loop.open:
+            return
+        if self.finisher is not None:
+            self.finisher()
+            return
+        code = lib.kvmpy_finish(self.loop)
+        if code == lib.KVMPY_EXIT:
+            raise PendingExitError("the access is split: take its next exit with run() first")
+        if code < 0:
+            raise self.run_error(-code)
+
+    # Interrupt window, counts, the coalesced ring ----------------------------------------
+
+    def request_irq_window(self, on: bool = True) -> None:
+        """Ask for an `IrqWindowOpen` exit as soon as the guest can take an interrupt."""
+        self.run_page[0] = on
+
+    @property
+    def ready_for_interrupt(self) -> bool:
+        """Whether `interrupt` can be called now; look at it after every exit."""
+        return bool(self.run_page[12])
+
+    def exit_counts(self) -> dict[str, int]:
+        """How many exits of each kind there have been, in C and in Python alike."""
+        half = lib.KVMPY_REASONS
+        return {
+            exit_kind(number % half, number >= half): count
+            for number, count in enumerate(ffi.unpack(self.loop.exits, 2 * half))
+            if count
+        }
+
+    def drain_ring(self) -> list[tuple[bool, int, int, int]]:
+        """Take the writes out of the VM's coalesced ring: (is a port, address, size, value)."""
+        run, at = self.run_page, self._ring_offset
+        entries = (mmap.PAGESIZE - 8) // 24
+        first, last = struct.unpack_from("<II", run, at)
+        writes = []
+        while first != last:
+            address, size, pio, data = struct.unpack_from("<QIIQ", run, at + 8 + 24 * first)
+            writes.append((bool(pio), address, size, data & (1 << 8 * size) - 1))
+            first = (first + 1) % entries
+        struct.pack_into("<I", run, at, first)
+        return writes
+
+    def watch_ring(self) -> None:
+        """Have the C loop look for coalesced writes after every exit."""
+        self.loop.ring = ffi.cast("uint32_t *", address_of(self.run_page) + self._ring_offset)
+
+
+def nanoseconds(timeout: float | None) -> int:
+    """Seconds as nanoseconds for the C loop, where -1 means no deadline."""
+    if timeout is None:
+        return -1
+    if not 0 <= timeout < 1e9:
+        raise ConfigError(f"a timeout of {timeout} seconds: give 0 or more, or None for no limit")
+    return int(timeout * 1_000_000_000)

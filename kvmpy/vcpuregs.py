@@ -1,0 +1,127 @@
+"""A vCPU's general and special registers, without an ioctl where the host permits it.
+
+The registers of the last exit lie in the mapping that KVM and the program share, if the host
+has KVM_CAP_SYNC_REGS: reading them costs no system call, and writing them takes effect when
+the guest is entered next (KVM API, 5 "The kvm_run structure", kvm_valid_regs).
+"""
+
+import mmap
+import threading
+from typing import Any, Final
+
+from kvmpy.errors import ClosedError, ConfigError
+from kvmpy.exits import OFFSET_DIRTY_REGS, OFFSET_SYNC, OFFSET_VALID_REGS
+from kvmpy.vcpustate import VcpuState
+from kvmpy.x86.registers import Registers
+from kvmpy.x86.state import SpecialRegisters
+
+__all__ = ["REGS", "SREGS", "SYNC_REGS", "SYNC_SREGS", "VcpuRegisters"]
+
+SYNC_REGS: Final = 1  # KVM_SYNC_X86_REGS
+SYNC_SREGS: Final = 2  # KVM_SYNC_X86_SREGS
+REGS: Final = slice(OFFSET_SYNC, OFFSET_SYNC + Registers.SIZE)
+SREGS: Final = slice(REGS.stop, REGS.stop + SpecialRegisters.SIZE)
+
+
+class VcpuRegisters(VcpuState):
+    """The registers, in the mapping or by ioctl."""
+
+    loop: Any
+    can_sync = 0
+    """The KVM_SYNC_X86_* bits that the host supports."""
+
+    def __init__(self, fd: int, what: str) -> None:
+        super().__init__(fd, what)
+        self._run: mmap.mmap | None = None
+        self._runner = 0  # the thread that runs the vCPU
+        # How often it had been entered when an ioctl last outdated the mapping.
+        self._stale = 0
+
+    @property
+    def run_page(self) -> mmap.mmap:
+        """The mapping shared with KVM: struct kvm_run, port data, the coalesced ring."""
+        if self._run is None:
+            raise ClosedError(f"{self.what} is closed")
+        return self._run
+
+    def finish(self) -> None:
+        """Finish the exit at hand (see `VCPU.finish`)."""
+        raise NotImplementedError
+
+    def _settle(self) -> None:
+        self._check_mine()
+        self.finish()
+        self._flush()
+
+    def _check_mine(self) -> None:
+        self.run_page  # noqa: B018
+        if self._runner and self._runner != threading.get_ident():
+            raise ConfigError(f"{self.what} is running on another thread: stop it first")
+
+    @property
+    def sync_regs(self) -> int:
+        """Which registers each exit brings along: 1 general, 2 special (KVM_SYNC_X86_*)."""
+        return self.run_page[OFFSET_VALID_REGS]
+
+    @sync_regs.setter
+    def sync_regs(self, bits: int) -> None:
+        self.run_page[OFFSET_VALID_REGS] = bits & self.can_sync
+
+    def _in_page(self, bit: int) -> bool:
+        """Whether the mapping has the current values of a set of registers."""
+        page = self.run_page
+        if page[OFFSET_DIRTY_REGS] & bit:
+            return True
+        return bool(page[OFFSET_VALID_REGS] & bit and self.loop.entries > self._stale)
+
+    def get_regs(self) -> Registers:
+        """The general registers, RIP and RFLAGS, as they were at the last exit.
+
+        At an IN or OUT exit, RIP may be on either side of the instruction: `finish` first.
+        """
+        if self._in_page(SYNC_REGS):
+            return Registers.unpack(self.run_page[REGS])
+        buffer = bytearray(Registers.SIZE)
+        self.ioctl("GET_REGS", buffer)
+        return Registers.unpack(buffer)
+
+    def set_regs(self, registers: Registers) -> None:
+        """Write the general registers, RIP and RFLAGS, once the exit at hand is finished."""
+        packed = registers.pack()
+        self._check_mine()
+        self.finish()
+        self._write("SET_REGS", SYNC_REGS, REGS, packed)
+
+    def get_sregs(self) -> SpecialRegisters:
+        """Segments, descriptor tables, control registers, EFER and the APIC base."""
+        if self._in_page(SYNC_SREGS):
+            return SpecialRegisters.unpack(self.run_page[SREGS])
+        buffer = bytearray(SpecialRegisters.SIZE)
+        self.ioctl("GET_SREGS", buffer)
+        return SpecialRegisters.unpack(buffer)
+
+    def set_sregs(self, registers: SpecialRegisters) -> None:
+        """Write the special registers, once the exit at hand is finished.
+
+        Values that KVM refuses are a ConfigError of the next call that enters the guest.
+        """
+        packed = registers.pack()
+        self._check_mine()
+        self.finish()
+        self._write("SET_SREGS", SYNC_SREGS, SREGS, packed)
+
+    def _write(self, name: str, bit: int, where: slice, packed: bytes) -> None:
+        if self.can_sync & bit:
+            self.run_page[where] = packed
+            self.run_page[OFFSET_DIRTY_REGS] |= bit
+        else:
+            self.ioctl(name, bytearray(packed))
+
+    def _flush(self) -> None:
+        """Hand registers that wait in the mapping to KVM, for ioctls that look at them."""
+        page = self.run_page
+        for bit, name, where in ((SYNC_SREGS, "SET_SREGS", SREGS), (SYNC_REGS, "SET_REGS", REGS)):
+            if page[OFFSET_DIRTY_REGS] & bit:
+                page[OFFSET_DIRTY_REGS] &= ~bit
+                self._stale = self.loop.entries
+                self.ioctl(name, bytearray(page[where]), "KVM refuses these register values")

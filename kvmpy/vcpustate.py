@@ -1,0 +1,224 @@
+"""The state of a vCPU that each takes an ioctl: all but the general and special registers.
+
+Each method carries its ioctl's name. State is written, and kept, only between instructions:
+before each of these calls the exit at hand is finished (see `VCPU.finish`).
+"""
+
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from kvmpy.descriptor import Descriptor
+from kvmpy.errors import ConfigError
+from kvmpy.stats import Stats
+from kvmpy.x86.state import FPU, CPUIDEntry, DebugRegisters, MPState, VcpuEvents, XCRs
+
+__all__ = ["Translation", "VcpuState"]
+
+LAPIC_SIZE: Final = 1024
+_MSR = struct.Struct("<IIQ")
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """Where a linear address leads: None for `physical` where nothing is mapped."""
+
+    physical: int | None
+    writable: bool
+    user: bool
+
+
+class VcpuState(Descriptor):
+    """The state ioctls of a vCPU's descriptor."""
+
+    _xsave_size = 0
+
+    def _settle(self) -> None:
+        """Finish the exit at hand and hand written registers to KVM."""
+        raise NotImplementedError
+
+    def _read_state(self, name: str, size: int) -> bytearray:
+        self._settle()
+        buffer = bytearray(size)
+        self.ioctl(name, buffer)
+        return buffer
+
+    def _write_state(self, name: str, data: bytes, size: int | None = None) -> None:
+        if size is not None and len(data) != size:
+            raise ConfigError(f"KVM_{name} takes {size} bytes, not {len(data)}")
+        self._settle()
+        self.ioctl(name, bytearray(data))
+
+    def get_fpu(self) -> FPU:
+        """x87 and SSE registers; `get_xsave` has all of them."""
+        return FPU.unpack(self._read_state("GET_FPU", FPU.SIZE))
+
+    def set_fpu(self, fpu: FPU) -> None:
+        """Write x87 and SSE registers."""
+        self._write_state("SET_FPU", fpu.pack())
+
+    def get_xsave(self) -> bytes:
+        """The XSAVE area in standard format, 4096 bytes or more (SDM Vol.1 13.4)."""
+        size = max(4096, self._xsave_size)
+        return bytes(self._read_state("GET_XSAVE2" if self._xsave_size else "GET_XSAVE", size))
+
+    def set_xsave(self, area: bytes) -> None:
+        """Write back what `get_xsave` gave."""
+        self._write_state("SET_XSAVE", area, max(4096, self._xsave_size))
+
+    def get_xcrs(self) -> XCRs:
+        """The extended control registers (XCR0)."""
+        return XCRs.unpack(self._read_state("GET_XCRS", XCRs.SIZE))
+
+    def set_xcrs(self, xcrs: XCRs) -> None:
+        """Write the extended control registers."""
+        self._write_state("SET_XCRS", xcrs.pack())
+
+    def get_debugregs(self) -> DebugRegisters:
+        """DR0 to DR3, DR6 and DR7."""
+        return DebugRegisters.unpack(self._read_state("GET_DEBUGREGS", DebugRegisters.SIZE))
+
+    def set_debugregs(self, registers: DebugRegisters) -> None:
+        """Write DR0 to DR3, DR6 and DR7."""
+        self._write_state("SET_DEBUGREGS", registers.pack())
+
+    def get_vcpu_events(self) -> VcpuEvents:
+        """Exceptions, interrupts and NMIs that are pending or being delivered."""
+        return VcpuEvents.unpack(self._read_state("GET_VCPU_EVENTS", VcpuEvents.SIZE))
+
+    def set_vcpu_events(self, events: VcpuEvents) -> None:
+        """Write pending events; `events.flags` says which fields count."""
+        self._write_state("SET_VCPU_EVENTS", events.pack())
+
+    def get_mp_state(self) -> MPState:
+        """Runnable, halted, waiting for INIT or SIPI."""
+        return MPState(struct.unpack("<I", self._read_state("GET_MP_STATE", 4))[0])
+
+    def set_mp_state(self, state: MPState) -> None:
+        """Set the run state; other than runnable it needs an in-kernel local APIC."""
+        self._write_state("SET_MP_STATE", struct.pack("<I", state))
+
+    def get_lapic(self) -> bytes:
+        """The 1024 bytes of the in-kernel local APIC's registers; it needs an irqchip."""
+        return bytes(self._read_state("GET_LAPIC", LAPIC_SIZE))
+
+    def set_lapic(self, registers: bytes) -> None:
+        """Write back what `get_lapic` gave."""
+        self._write_state("SET_LAPIC", registers, LAPIC_SIZE)
+
+    def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
+        """The values of MSRs by index; ConfigError names one that the vCPU does not have."""
+        wanted = list(indices)
+        data, done = self._msrs("GET_MSRS", [(index, 0) for index in wanted])
+        if done < len(wanted):
+            raise ConfigError(f"{self.what} has no MSR {wanted[done]:#x} to read")
+        found = (_MSR.unpack_from(data, 8 + 16 * at) for at in range(done))
+        return {index: value for index, _, value in found}
+
+    def set_msrs(self, values: Mapping[int, int], *, strict: bool = True) -> tuple[int, ...]:
+        """Write MSRs by index, in order, and say which the vCPU refused.
+
+        With `strict` the first refusal is a ConfigError that names it, and those after it are
+        not written; without, they are, and the refused indices are returned.
+        """
+        left, refused = list(values.items()), []
+        for index, value in left:
+            if not 0 <= index < 1 << 32 or not 0 <= value < 1 << 64:
+                raise ConfigError(f"MSR {index:#x} = {value:#x}: 32 bits of index, 64 of value")
+        while left:
+            _, done = self._msrs("SET_MSRS", left)
+            left = left[done:]
+            if left:
+                index, value = left.pop(0)
+                if strict:
+                    raise ConfigError(f"{self.what} refuses {value:#x} for MSR {index:#x}")
+                refused.append(index)
+        return tuple(refused)
+
+    def _msrs(self, name: str, values: list[tuple[int, int]]) -> tuple[bytearray, int]:
+        self._settle()
+        buffer = bytearray(struct.pack("<II", len(values), 0))
+        for index, value in values:
+            buffer += _MSR.pack(index, 0, value)
+        return buffer, self.ioctl(name, buffer)
+
+    def get_cpuid2(self) -> list[CPUIDEntry]:
+        """The CPUID leaves that the vCPU gives its guest."""
+        buffer = bytearray(8 + 40 * 256)
+        struct.pack_into("<I", buffer, 0, 256)
+        self.ioctl("GET_CPUID2", buffer)
+        (count,) = struct.unpack_from("<I", buffer)
+        return [CPUIDEntry.unpack(buffer[at : at + 40]) for at in range(8, 8 + 40 * count, 40)]
+
+    def set_cpuid2(self, entries: Iterable[CPUIDEntry] | bytes) -> None:
+        """Set the CPUID leaves, before the first run; packed entries are taken as they are."""
+        if isinstance(entries, bytes):
+            packed = entries
+        else:
+            packed = b"".join(entry.pack() for entry in entries)
+        header = struct.pack("<II", len(packed) // 40, 0)
+        hint = "CPUID can be set before the first run only, to what the host supports"
+        self.ioctl("SET_CPUID2", bytearray(header + packed), hint)
+
+    def set_guest_debug(
+        self,
+        *,
+        single_step: bool = False,
+        software_breakpoints: bool = False,
+        breakpoints: Mapping[int, str] | None = None,
+    ) -> None:
+        """Have the guest's debug events exit as `Debug` (KVM_SET_GUEST_DEBUG).
+
+        `breakpoints` are up to four linear addresses with "x" (execute, 1 byte) or "w" or
+        "rw" and a length, such as "w4" (SDM Vol.3 18.2). Without arguments: off.
+        """
+        points = dict(breakpoints or {})
+        if len(points) > 4:
+            raise ConfigError(f"{len(points)} hardware breakpoints: x86 has 4")
+        dr7 = 0
+        for number, kind in enumerate(points.values()):
+            if kind not in _BREAKPOINTS:
+                raise ConfigError(f"breakpoint {kind!r}: use one of {', '.join(_BREAKPOINTS)}")
+            dr7 |= 2 << 2 * number | _BREAKPOINTS[kind] << 16 + 4 * number
+        # KVM_GUESTDBG_ENABLE, _SINGLESTEP, _USE_SW_BP, _USE_HW_BP
+        control = single_step << 1 | software_breakpoints << 16 | bool(points) << 17
+        registers = [*points, *[0] * (4 - len(points)), 0, 0, 0, dr7]
+        packed = struct.pack("<II8Q", control | bool(control), 0, *registers)
+        self._write_state("SET_GUEST_DEBUG", packed)
+
+    def translate(self, address: int) -> Translation:
+        """Walk the guest's page tables for a linear address (KVM_TRANSLATE)."""
+        self._settle()
+        buffer = bytearray(struct.pack("<Q16x", address))
+        self.ioctl("TRANSLATE", buffer)
+        physical, valid, writable, user = struct.unpack_from("<QBBB", buffer, 8)
+        return Translation(physical if valid else None, bool(writable), bool(user))
+
+    def interrupt(self, vector: int) -> None:
+        """Queue a maskable interrupt; without an in-kernel PIC only (KVM_INTERRUPT)."""
+        if not 0 <= vector <= 255:
+            raise ConfigError(f"interrupt vector {vector}: 0 to 255")
+        self._write_state("INTERRUPT", struct.pack("<I", vector))
+
+    def nmi(self) -> None:
+        """Queue a non-maskable interrupt (KVM_NMI)."""
+        self._settle()
+        self.ioctl("NMI")
+
+    def stats(self) -> Stats:
+        """The vCPU's statistics descriptor; the caller closes it."""
+        return Stats(self.fd, self.what)
+
+
+_BREAKPOINTS = {  # R/W and LEN fields of DR7, SDM Vol.3 18.2.4
+    "x": 0b0000,
+    "w1": 0b0001,
+    "w2": 0b0101,
+    "w4": 0b1101,
+    "w8": 0b1001,
+    "rw1": 0b0011,
+    "rw2": 0b0111,
+    "rw4": 0b1111,
+    "rw8": 0b1011,
+}

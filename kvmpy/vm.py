@@ -1,0 +1,219 @@
+"""A virtual machine's descriptor: its memory slots, vCPUs, clock and statistics."""
+
+import struct
+from types import TracebackType
+from typing import Final
+
+from kvmpy.abi import IOCTLS, address_of, lib
+from kvmpy.capabilities import CAPABILITIES
+from kvmpy.errors import ConfigError, OverlapError, UnsupportedError
+from kvmpy.interrupts import InterruptController
+from kvmpy.memory import PAGE_SIZE, AddressSpace, Memory
+from kvmpy.stats import Stats
+from kvmpy.vcpu import VCPU
+from kvmpy.x86.state import ClockData
+
+__all__ = ["IDENTITY_MAP_ADDRESS", "TSS_ADDRESS", "VM"]
+
+# Intel's VMX without "unrestricted guest" keeps four pages of its own in guest-physical
+# memory: out of the way of RAM, below the firmware's place (KVM API, 4.36 and 4.40).
+IDENTITY_MAP_ADDRESS: Final = 0xFFFBC000
+TSS_ADDRESS: Final = 0xFFFBD000
+
+_LOG_DIRTY, _READONLY = 1, 2  # KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
+
+
+class VM(InterruptController):
+    """One VM, made by `KVM.create_vm()`. Closing it closes its vCPUs and unmaps its RAM.
+
+    It owns the descriptor `fd` from the start, also if its construction fails.
+    `memory` is all of its RAM by guest-physical address; `vcpus` are its vCPUs, in order.
+    """
+
+    def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
+        super().__init__(fd, "the VM")
+        self.memory = AddressSpace()
+        self.vcpus: list[VCPU] = []
+        self._vcpu_mmap_size = vcpu_mmap_size
+        self._sync_regs = self.check_extension("SYNC_REGS")
+        self._ring_page = self.check_extension("COALESCED_MMIO")
+        self._xsave_size = self.check_extension("XSAVE2")
+        try:
+            self.set_identity_map_addr(IDENTITY_MAP_ADDRESS)
+            self.set_tss_addr(TSS_ADDRESS)
+        except UnsupportedError:
+            pass  # only VMX needs them, and there they exist
+        except BaseException:
+            self.close()
+            raise
+
+    def check_extension(self, capability: str) -> int:
+        """What this VM says of a capability, by name without KVM_CAP_; 0 for absent."""
+        number = IOCTLS["CHECK_EXTENSION"].number
+        return max(0, lib.kvmpy_ioctl(self.fd, number, CAPABILITIES[capability]))
+
+    def set_tss_addr(self, address: int) -> None:
+        """Where VMX may keep three pages for itself; set by default (KVM_SET_TSS_ADDR)."""
+        self.ioctl("SET_TSS_ADDR", address)
+
+    def set_identity_map_addr(self, address: int) -> None:
+        """Where VMX may keep one page for itself; set by default, before the first vCPU."""
+        self.ioctl("SET_IDENTITY_MAP_ADDR", bytearray(struct.pack("<Q", address)))
+
+    # Memory -------------------------------------------------------------------------------
+
+    def add_memory(
+        self,
+        address: int,
+        size: int,
+        *,
+        readonly: bool = False,
+        log_dirty: bool = False,
+        backing: str = "anonymous",
+        fd: int | None = None,
+        offset: int = 0,
+        huge: bool = False,
+    ) -> Memory:
+        """Give the guest `size` bytes of RAM at guest-physical `address`.
+
+        `readonly`: the guest's writes become MMIO exits. `log_dirty`: KVM notes the pages
+        that the guest writes (`get_dirty_log`). See `Memory` for backing, fd, offset, huge.
+        Raises OverlapError, naming both, where there is RAM already.
+        """
+        other = self.memory.overlapping(address, size)
+        if other is not None:
+            raise OverlapError(
+                f"memory [{address:#x}, {address + size:#x}) overlaps the slot at "
+                f"[{other.address:#x}, {other.end:#x})"
+            )
+        slot = self._free_slot()
+        options = {"readonly": readonly, "log_dirty": log_dirty, "huge": huge}
+        self.fd  # noqa: B018 - refuse a closed VM before anything is mapped
+        region = Memory(address, size, slot=slot, backing=backing, fd=fd, offset=offset, **options)
+        try:
+            self._set_slot(region, region.size)
+        except BaseException:
+            region.close()
+            raise
+        self.memory.add(region)
+        return region
+
+    def remove_memory(self, region: Memory) -> None:
+        """Take a region away from the guest and unmap it; BufferError while it has views."""
+        if region not in list(self.memory):
+            raise ConfigError(f"{region!r} is not part of this VM")
+        region.check_no_views()
+        self._set_slot(region, 0)
+        self.memory.remove(region)
+        region.close()
+
+    def set_log_dirty(self, region: Memory, on: bool) -> None:
+        """Start or stop noting the pages of a region that the guest writes."""
+        before, region.log_dirty = region.log_dirty, on
+        try:
+            self._set_slot(region, region.size)
+        except BaseException:
+            region.log_dirty = before
+            raise
+
+    def _free_slot(self) -> int:
+        used = {region.slot for region in self.memory}
+        return next(slot for slot in range(len(used) + 1) if slot not in used)
+
+    def _set_slot(self, region: Memory, size: int) -> None:
+        flags = region.log_dirty * _LOG_DIRTY | region.readonly * _READONLY
+        packed = struct.pack(
+            "<IIQQQ", region.slot, flags, region.address, size, address_of(region.buffer)
+        )
+        self.ioctl("SET_USER_MEMORY_REGION", bytearray(packed), f"for {region!r}")
+
+    def get_dirty_log(self, region: Memory) -> bytes:
+        """A bit for each 4 KiB page written since the last call, lowest page first.
+
+        The kernel clears its own bits at the same time, unless manual protection
+        (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) is enabled.
+        """
+        bitmap = bytearray((region.size // PAGE_SIZE + 63) // 64 * 8)
+        request = bytearray(struct.pack("<IIQ", region.slot, 0, address_of(bitmap)))
+        self.ioctl("GET_DIRTY_LOG", request, "add the memory with log_dirty=True")
+        return bytes(bitmap)
+
+    def clear_dirty_log(
+        self, region: Memory, bitmap: bytes, first_page: int = 0, pages: int | None = None
+    ) -> None:
+        """Clear the pages of `bitmap` and watch them again (needs manual protection)."""
+        count = region.size // PAGE_SIZE - first_page if pages is None else pages
+        if first_page < 0 or count < 0 or len(bitmap) * 8 < count:
+            raise ConfigError(f"a bitmap of {len(bitmap)} bytes does not hold {count} pages")
+        data = bytearray(bitmap)
+        request = struct.pack("<IIQQ", region.slot, count, first_page, address_of(data))
+        self.ioctl("CLEAR_DIRTY_LOG", bytearray(request), "enable manual dirty-log protection")
+
+    # vCPUs, clock, statistics -------------------------------------------------------------
+
+    def create_vcpu(self, index: int | None = None) -> VCPU:
+        """A new vCPU; its id is `index`, by default the number of those there are."""
+        number = len(self.vcpus) if index is None else index
+        fd = self.ioctl("CREATE_VCPU", number, "a vCPU's id must be new and below KVM's maximum")
+        vcpu = VCPU(
+            fd,
+            number,
+            self._vcpu_mmap_size,
+            sync_regs=self._sync_regs,
+            ring_page=self._ring_page,
+            xsave_size=self._xsave_size,
+        )
+        self.vcpus.append(vcpu)
+        return vcpu
+
+    def get_clock(self) -> ClockData:
+        """The VM's kvmclock in nanoseconds, with flags (KVM_GET_CLOCK)."""
+        buffer = bytearray(ClockData.SIZE)
+        self.ioctl("GET_CLOCK", buffer)
+        return ClockData.unpack(buffer)
+
+    def set_clock(self, clock: ClockData) -> None:
+        """Set the VM's kvmclock (KVM_SET_CLOCK)."""
+        self.ioctl("SET_CLOCK", bytearray(clock.pack()))
+
+    def stats(self) -> Stats:
+        """The VM's statistics descriptor; the caller closes it."""
+        return Stats(self.fd, self.what)
+
+    # Closing ------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close the vCPUs and the VM, unmap the RAM; again: nothing.
+
+        Raises BufferError, with nothing closed, while a view of the RAM is alive.
+        """
+        for region in self.memory:
+            region.check_no_views()
+        self._close(abandon=False)
+
+    def _close(self, *, abandon: bool) -> None:
+        for vcpu in self.vcpus:
+            vcpu.close()
+        super().close()
+        for region in list(self.memory):
+            if abandon:
+                region.abandon()
+            else:
+                region.close()
+            self.memory.remove(region)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # With an exception under way, frames in its traceback may hold views: close all but
+        # those mappings, which go when the views go, and let the exception through.
+        if error is None:
+            self.close()
+        else:
+            self._close(abandon=True)
+
+    def _dispose(self) -> None:
+        self._close(abandon=True)
