@@ -1,49 +1,55 @@
 """kvmpy: a minimal x86-64 hypervisor that drives /dev/kvm directly from Python.
 
 `Machine` loads and runs a guest; `KVM`, `VM` and `VCPU` are the floor below, one class for each
-kind of file descriptor. Importing this loads cffi's runtime and nothing else from outside.
+kind of file descriptor. Each name is imported from its module when it is first used, so that
+`import kvmpy` costs next to nothing; from outside the standard library only cffi's runtime is
+ever loaded, until something needs an assembler, a disassembler or an ELF reader.
 """
 
-from kvmpy.asm import Program, assemble
-from kvmpy.errors import (
-    AddressError,
-    AssemblyError,
-    ClosedError,
-    ConfigError,
-    DeviceError,
-    HostError,
-    ImageError,
-    KvmpyError,
-    KVMUnavailableError,
-    OverlapError,
-    PendingExitError,
-    UnsupportedError,
-)
-from kvmpy.exits import (
-    Debug,
-    Exit,
-    FailEntry,
-    Halt,
-    InternalError,
-    Interrupted,
-    IrqWindowOpen,
-    MmioRead,
-    MmioWrite,
-    MsrRead,
-    MsrWrite,
-    OtherExit,
-    PortIn,
-    PortOut,
-    Shutdown,
-    SystemEvent,
-    UnknownExit,
-)
-from kvmpy.kvm import KVM
-from kvmpy.machine import Machine
-from kvmpy.memory import Memory
-from kvmpy.result import Result
-from kvmpy.vcpu import VCPU
-from kvmpy.vm import VM
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvmpy.asm import Program, assemble
+    from kvmpy.errors import (
+        AddressError,
+        AssemblyError,
+        ClosedError,
+        ConfigError,
+        DeviceError,
+        HostError,
+        ImageError,
+        KvmpyError,
+        KVMUnavailableError,
+        OverlapError,
+        PendingExitError,
+        UnsupportedError,
+    )
+    from kvmpy.exits import (
+        Debug,
+        Exit,
+        FailEntry,
+        Halt,
+        InternalError,
+        Interrupted,
+        IrqWindowOpen,
+        MmioRead,
+        MmioWrite,
+        MsrRead,
+        MsrWrite,
+        OtherExit,
+        PortIn,
+        PortOut,
+        Shutdown,
+        SystemEvent,
+        UnknownExit,
+    )
+    from kvmpy.kvm import KVM
+    from kvmpy.machine import Machine
+    from kvmpy.memory import Memory
+    from kvmpy.result import Result
+    from kvmpy.vcpu import VCPU
+    from kvmpy.vm import VM
 
 __version__ = "0.1.0"
 
@@ -86,3 +92,62 @@ __all__ = [
     "UnsupportedError",
     "assemble",
 ]
+
+# Where each name lives: the same as above, for the interpreter.
+_HOMES = {
+    "kvmpy.asm": ("Program", "assemble"),
+    "kvmpy.errors": (
+        "AddressError",
+        "AssemblyError",
+        "ClosedError",
+        "ConfigError",
+        "DeviceError",
+        "HostError",
+        "ImageError",
+        "KvmpyError",
+        "KVMUnavailableError",
+        "OverlapError",
+        "PendingExitError",
+        "UnsupportedError",
+    ),
+    "kvmpy.exits": (
+        "Debug",
+        "Exit",
+        "FailEntry",
+        "Halt",
+        "InternalError",
+        "Interrupted",
+        "IrqWindowOpen",
+        "MmioRead",
+        "MmioWrite",
+        "MsrRead",
+        "MsrWrite",
+        "OtherExit",
+        "PortIn",
+        "PortOut",
+        "Shutdown",
+        "SystemEvent",
+        "UnknownExit",
+    ),
+    "kvmpy.kvm": ("KVM",),
+    "kvmpy.machine": ("Machine",),
+    "kvmpy.memory": ("Memory",),
+    "kvmpy.result": ("Result",),
+    "kvmpy.vcpu": ("VCPU",),
+    "kvmpy.vm": ("VM",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    """Import a name of the face when it is first used (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'kvmpy' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The face, and what is there already."""
+    return sorted({*globals(), *__all__})

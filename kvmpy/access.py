@@ -85,7 +85,7 @@ class GuestAccess:
     def __setitem__(self, key: int | slice, value: int | Bytes) -> None:
         if isinstance(key, slice):
             start, stop = _bounds(key)
-            if isinstance(value, int) or len(value) != stop - start:
+            if isinstance(value, int) or memoryview(value).nbytes != stop - start:
                 raise ConfigError(f"addresses {start:#x} to {stop:#x} take {stop - start} bytes")
             self.write(start, value)
         elif isinstance(value, int):

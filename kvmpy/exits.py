@@ -68,6 +68,7 @@ RUN_SIZE: Final = 2352
 """sizeof(struct kvm_run), in bytes."""
 OFFSET_IMMEDIATE_EXIT: Final = 1
 OFFSET_REASON: Final = 8
+OFFSET_CR8: Final = 16
 OFFSET_UNION: Final = 32
 OFFSET_VALID_REGS: Final = 288
 OFFSET_DIRTY_REGS: Final = 296

@@ -4,7 +4,6 @@ import errno
 import os
 import struct
 from functools import cached_property
-from pathlib import Path
 
 from kvmpy.abi import IOCTLS, lib
 from kvmpy.capabilities import CAPABILITIES
@@ -22,7 +21,7 @@ _MODULES = ("kvm_pvm", "kvm_intel", "kvm_amd")  # kvm_pvm first: it may sit besi
 def backend() -> str:
     """The kernel module that does KVM's work: kvm_intel, kvm_amd, kvm_pvm, or "unknown"."""
     for module in _MODULES:
-        if Path("/sys/module", module).is_dir():
+        if os.path.isdir(f"/sys/module/{module}"):
             return module
     return "unknown"
 
@@ -30,7 +29,8 @@ def backend() -> str:
 def nested() -> bool:
     """Whether this host is itself a guest (CPUID.1:ECX bit 31, as Linux reports it)."""
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        with open("/proc/cpuinfo") as file:
+            flags = file.read()
     except OSError:
         return False
     return " hypervisor" in flags.partition("flags")[2].partition("\n")[0]
@@ -125,6 +125,7 @@ class KVM(Descriptor):
 
     def create_vm(self) -> VM:
         """A new VM without memory or vCPUs (KVM_CREATE_VM)."""
+        size = self.vcpu_mmap_size  # may fail, so before there is a descriptor to lose
         while True:
             try:
                 fd = self.ioctl("CREATE_VM")
@@ -132,7 +133,7 @@ class KVM(Descriptor):
                 if error.errno != errno.EINTR:  # a signal came while the kernel made it
                     raise
             else:
-                return VM(fd, self.vcpu_mmap_size)
+                return VM(fd, size)
 
 
 def capability_number(capability: str | int) -> int:

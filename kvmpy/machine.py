@@ -357,9 +357,14 @@ class Machine:
             for kind, count in vcpu.exit_counts().items()
             if count > before.get(kind, 0)
         }
+        registers = vcpu.get_regs()
+        if isinstance(value, GuestException):
+            # Those of the code that raised it, not of the stub that reported it.
+            registers.rip, registers.rsp = value.rip, value.rsp
+            registers.rflags = value.rflags
         return Result(
             outcome=outcome,
-            registers=vcpu.get_regs(),
+            registers=registers,
             seconds=seconds,
             exits=counts,
             detail=detail,

@@ -49,7 +49,7 @@ class Memory(GuestAccess):
         self.fd: int | None = None
         self._mmap = self._map(backing, fd, offset)
         if huge:
-            self._mmap.madvise(mmap.MADV_HUGEPAGE)
+            self._advise_huge()
 
     @property
     def end(self) -> int:
@@ -68,12 +68,8 @@ class Memory(GuestAccess):
             raise ConfigError("memory backing 'private' needs the descriptor of a file")
         if backing == "anonymous" and fd is not None:
             raise ConfigError("memory backing 'anonymous' takes no file descriptor")
-        if fd is not None and os.fstat(fd).st_size < offset + self.size:
-            # Touching a page beyond the file's end would kill the process with SIGBUS.
-            raise ConfigError(
-                f"the file has {os.fstat(fd).st_size} bytes; the region needs {self.size} "
-                f"from offset {offset} on"
-            )
+        if fd is not None:
+            self._check_file(fd, offset)
         try:
             if backing == "shared":
                 self.fd = os.memfd_create("kvmpy") if fd is None else os.dup(fd)
@@ -85,9 +81,26 @@ class Memory(GuestAccess):
             )
         except (OSError, ValueError, OverflowError) as error:
             self._close_fd()
-            reason = getattr(error, "strerror", None) or str(error)
-            text = f"cannot map {self.size} bytes of guest RAM ({backing}): {reason}"
-            raise HostError(text, getattr(error, "errno", 0) or 0) from error
+            raise _host_error(f"cannot map {self.size} bytes of guest RAM ({backing})", error)
+
+    def _check_file(self, fd: int, offset: int) -> None:
+        # Touching a page beyond the file's end would kill the process with SIGBUS.
+        try:
+            file_size = os.fstat(fd).st_size
+        except (OSError, OverflowError) as error:
+            raise _host_error(f"cannot back guest RAM with file descriptor {fd}", error)
+        if offset < 0 or file_size < offset + self.size:
+            raise ConfigError(
+                f"the file has {file_size} bytes; the region needs {self.size} "
+                f"from offset {offset} on"
+            )
+
+    def _advise_huge(self) -> None:
+        try:
+            self._mmap.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:
+            self.close()
+            raise _host_error("no huge pages for guest RAM (leave out huge=True)", error)
 
     def _offset(self, address: int, length: int) -> int:
         if length < 0:
@@ -106,8 +119,9 @@ class Memory(GuestAccess):
 
     def write(self, address: int, data: Bytes) -> None:
         """Write `data` at guest-physical `address`; the host may write read-only RAM too."""
-        start = self._offset(address, len(data))
-        self._open()[start : start + len(data)] = data
+        view = memoryview(data).cast("B")
+        start = self._offset(address, len(view))
+        self._open()[start : start + len(view)] = view
 
     @property
     def view(self) -> memoryview:
@@ -164,6 +178,13 @@ class Memory(GuestAccess):
 
     def __repr__(self) -> str:
         return f"<Memory [{self.address:#x}, {self.end:#x}) slot {self.slot} {self.backing}>"
+
+
+def _host_error(what: str, error: Exception) -> HostError:
+    reason = getattr(error, "strerror", None) or str(error)
+    raised = HostError(f"{what}: {reason}", getattr(error, "errno", 0) or 0)
+    raised.__cause__ = error
+    return raised
 
 
 def _check_range(address: int, size: int) -> None:

@@ -31,9 +31,8 @@ in 4 KiB pages, while protected mode has no paging to protect it with. Page-tabl
 accessed and dirty from the start, so that the processor writes to nothing of kvmpy's but the
 kernel stacks.
 
-SDM chapters are counted as in the editions of 2022: paging 4, interrupts 6, tasks 8, VM entry 27.
-
-Sources: SDM Vol.3 10.9 (mode switches), 27.3.1 (what a VM entry demands of the guest's state).
+Sources: SDM Vol.3 10.9 (mode switches), 27.3.1 (what a VM entry demands of the guest's state);
+chapters are counted as in the editions of 2022 (paging 4, interrupts 6, tasks 8, VM entry 27).
 """
 
 from dataclasses import dataclass

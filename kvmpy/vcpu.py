@@ -22,8 +22,7 @@ from kvmpy.exits import (
     decode,
     exit_kind,
 )
-from kvmpy.vcpuregs import SREGS, SYNC_REGS, SYNC_SREGS, VcpuRegisters
-from kvmpy.x86.state import SpecialRegisters
+from kvmpy.vcpuregs import SYNC_REGS, SYNC_SREGS, VcpuRegisters
 
 __all__ = ["VCPU"]
 
@@ -134,13 +133,8 @@ class VCPU(VcpuRegisters):
         """The exception for an errno of KVM_RUN's, with what to do about it."""
         dirty = self.run_page[OFFSET_DIRTY_REGS]
         if code == errno.EINVAL and dirty & SYNC_SREGS:
-            sregs = SpecialRegisters.unpack(self.run_page[SREGS])
             self.run_page[OFFSET_DIRTY_REGS] = dirty & ~SYNC_SREGS
-            return ConfigError(
-                f"KVM refuses the special registers that were set: cr0={sregs.cr0:#x} "
-                f"cr3={sregs.cr3:#x} cr4={sregs.cr4:#x} efer={sregs.efer:#x}; "
-                "see SDM Vol.3 2.5 for what goes together"
-            )
+            return self._refusal()
         return host_error(code, f"KVM_RUN of {self.what}", _RUN_ERRORS.get(code, ""))
 
     def kick(self) -> None:
@@ -186,7 +180,9 @@ class VCPU(VcpuRegisters):
         if self.finisher is not None:
             self.finisher()
             return
+        before, self.loop.raw = self.loop.raw, True  # nobody is there to serve what comes
         code = lib.kvmpy_finish(self.loop)
+        self.loop.raw = before
         if code == lib.KVMPY_EXIT:
             raise PendingExitError("the access is split: take its next exit with run() first")
         if code < 0:

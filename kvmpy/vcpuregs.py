@@ -5,12 +5,14 @@ has KVM_CAP_SYNC_REGS: reading them costs no system call, and writing them takes
 the guest is entered next (KVM API, 5 "The kvm_run structure", kvm_valid_regs).
 """
 
+import errno
 import mmap
+import struct
 import threading
 from typing import Any, Final
 
-from kvmpy.errors import ClosedError, ConfigError
-from kvmpy.exits import OFFSET_DIRTY_REGS, OFFSET_SYNC, OFFSET_VALID_REGS
+from kvmpy.errors import ClosedError, ConfigError, HostError
+from kvmpy.exits import OFFSET_CR8, OFFSET_DIRTY_REGS, OFFSET_SYNC, OFFSET_VALID_REGS
 from kvmpy.vcpustate import VcpuState
 from kvmpy.x86.registers import Registers
 from kvmpy.x86.state import SpecialRegisters
@@ -36,6 +38,7 @@ class VcpuRegisters(VcpuState):
         self._runner = 0  # the thread that runs the vCPU
         # How often it had been entered when an ioctl last outdated the mapping.
         self._stale = 0
+        self._written_sregs = b""  # KVM fills the mapping again also when it refuses them
 
     @property
     def run_page(self) -> mmap.mmap:
@@ -48,10 +51,12 @@ class VcpuRegisters(VcpuState):
         """Finish the exit at hand (see `VCPU.finish`)."""
         raise NotImplementedError
 
-    def _settle(self) -> None:
+    def _settle(self, *, writing: bool = False) -> None:
         self._check_mine()
         self.finish()
         self._flush()
+        if writing:  # an MSR is EFER or a segment's base, the LAPIC has CR8, and so on
+            self._stale = self.loop.entries
 
     def _check_mine(self) -> None:
         self.run_page  # noqa: B018
@@ -66,6 +71,7 @@ class VcpuRegisters(VcpuState):
     @sync_regs.setter
     def sync_regs(self, bits: int) -> None:
         self.run_page[OFFSET_VALID_REGS] = bits & self.can_sync
+        self._stale = self.loop.entries  # the last exit brought along what was asked for then
 
     def _in_page(self, bit: int) -> bool:
         """Whether the mapping has the current values of a set of registers."""
@@ -103,11 +109,16 @@ class VcpuRegisters(VcpuState):
     def set_sregs(self, registers: SpecialRegisters) -> None:
         """Write the special registers, once the exit at hand is finished.
 
-        Values that KVM refuses are a ConfigError of the next call that enters the guest.
+        Values that KVM refuses are a ConfigError, here or, where the mapping takes them, of
+        the next call that enters the guest or asks KVM for other state.
         """
         packed = registers.pack()
+        if registers.cr8 > 15:
+            raise ConfigError(f"SpecialRegisters: cr8 = {registers.cr8:#x} is not 0 to 0xf")
         self._check_mine()
         self.finish()
+        self._keep_cr8(registers.cr8)
+        self._written_sregs = packed
         self._write("SET_SREGS", SYNC_SREGS, SREGS, packed)
 
     def _write(self, name: str, bit: int, where: slice, packed: bytes) -> None:
@@ -115,7 +126,28 @@ class VcpuRegisters(VcpuState):
             self.run_page[where] = packed
             self.run_page[OFFSET_DIRTY_REGS] |= bit
         else:
+            self._set(name, packed)
+
+    def _set(self, name: str, packed: bytes) -> None:
+        try:
             self.ioctl(name, bytearray(packed))
+        except HostError as error:
+            if name == "SET_SREGS" and error.errno == errno.EINVAL:
+                raise self._refusal() from None
+            raise
+
+    def _keep_cr8(self, cr8: int) -> None:
+        """Without an in-kernel local APIC, KVM_RUN takes CR8 from kvm_run (KVM API, 5, cr8)."""
+        struct.pack_into("<Q", self.run_page, OFFSET_CR8, cr8)
+
+    def _refusal(self) -> ConfigError:
+        self._keep_cr8(self.get_sregs().cr8)
+        sregs = SpecialRegisters.unpack(self._written_sregs)
+        return ConfigError(
+            f"KVM refuses the special registers that were set: cr0={sregs.cr0:#x} "
+            f"cr3={sregs.cr3:#x} cr4={sregs.cr4:#x} efer={sregs.efer:#x}; "
+            "see SDM Vol.3 2.5 for what goes together"
+        )
 
     def _flush(self) -> None:
         """Hand registers that wait in the mapping to KVM, for ioctls that look at them."""
@@ -124,4 +156,4 @@ class VcpuRegisters(VcpuState):
             if page[OFFSET_DIRTY_REGS] & bit:
                 page[OFFSET_DIRTY_REGS] &= ~bit
                 self._stale = self.loop.entries
-                self.ioctl(name, bytearray(page[where]), "KVM refuses these register values")
+                self._set(name, page[where])

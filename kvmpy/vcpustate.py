@@ -34,8 +34,11 @@ class VcpuState(Descriptor):
 
     _xsave_size = 0
 
-    def _settle(self) -> None:
-        """Finish the exit at hand and hand written registers to KVM."""
+    def _settle(self, *, writing: bool = False) -> None:
+        """Finish the exit at hand and hand written registers to KVM.
+
+        With `writing`, what the mapping says of the registers counts no more.
+        """
         raise NotImplementedError
 
     def _read_state(self, name: str, size: int) -> bytearray:
@@ -47,7 +50,7 @@ class VcpuState(Descriptor):
     def _write_state(self, name: str, data: bytes, size: int | None = None) -> None:
         if size is not None and len(data) != size:
             raise ConfigError(f"KVM_{name} takes {size} bytes, not {len(data)}")
-        self._settle()
+        self._settle(writing=True)
         self.ioctl(name, bytearray(data))
 
     def get_fpu(self) -> FPU:
@@ -137,7 +140,7 @@ class VcpuState(Descriptor):
         return tuple(refused)
 
     def _msrs(self, name: str, values: list[tuple[int, int]]) -> tuple[bytearray, int]:
-        self._settle()
+        self._settle(writing=name == "SET_MSRS")
         buffer = bytearray(struct.pack("<II", len(values), 0))
         for index, value in values:
             buffer += _MSR.pack(index, 0, value)

@@ -50,7 +50,7 @@ class VM(InterruptController):
     def check_extension(self, capability: str) -> int:
         """What this VM says of a capability, by name without KVM_CAP_; 0 for absent."""
         number = IOCTLS["CHECK_EXTENSION"].number
-        return max(0, lib.kvmpy_ioctl(self.fd, number, CAPABILITIES[capability]))
+        return max(0, int(lib.kvmpy_ioctl(self.fd, number, CAPABILITIES[capability])))
 
     def set_tss_addr(self, address: int) -> None:
         """Where VMX may keep three pages for itself; set by default (KVM_SET_TSS_ADDR)."""
@@ -100,8 +100,7 @@ class VM(InterruptController):
 
     def remove_memory(self, region: Memory) -> None:
         """Take a region away from the guest and unmap it; BufferError while it has views."""
-        if region not in list(self.memory):
-            raise ConfigError(f"{region!r} is not part of this VM")
+        self._check_mine(region)
         region.check_no_views()
         self._set_slot(region, 0)
         self.memory.remove(region)
@@ -109,12 +108,18 @@ class VM(InterruptController):
 
     def set_log_dirty(self, region: Memory, on: bool) -> None:
         """Start or stop noting the pages of a region that the guest writes."""
+        self._check_mine(region)
         before, region.log_dirty = region.log_dirty, on
         try:
             self._set_slot(region, region.size)
         except BaseException:
             region.log_dirty = before
             raise
+
+    def _check_mine(self, region: Memory) -> None:
+        # Another region's slot may be a larger one here, whose bitmap is larger, too.
+        if region not in list(self.memory):
+            raise ConfigError(f"{region!r} is not part of this VM")
 
     def _free_slot(self) -> int:
         used = {region.slot for region in self.memory}
@@ -133,6 +138,7 @@ class VM(InterruptController):
         The kernel clears its own bits at the same time, unless manual protection
         (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) is enabled.
         """
+        self._check_mine(region)
         bitmap = bytearray((region.size // PAGE_SIZE + 63) // 64 * 8)
         request = bytearray(struct.pack("<IIQ", region.slot, 0, address_of(bitmap)))
         self.ioctl("GET_DIRTY_LOG", request, "add the memory with log_dirty=True")
@@ -142,10 +148,11 @@ class VM(InterruptController):
         self, region: Memory, bitmap: bytes, first_page: int = 0, pages: int | None = None
     ) -> None:
         """Clear the pages of `bitmap` and watch them again (needs manual protection)."""
+        self._check_mine(region)
         count = region.size // PAGE_SIZE - first_page if pages is None else pages
         if first_page < 0 or count < 0 or len(bitmap) * 8 < count:
             raise ConfigError(f"a bitmap of {len(bitmap)} bytes does not hold {count} pages")
-        data = bytearray(bitmap)
+        data = bytearray(bitmap.ljust((count + 63) // 64 * 8, b"\0"))  # KVM reads whole words
         request = struct.pack("<IIQQ", region.slot, count, first_page, address_of(data))
         self.ioctl("CLEAR_DIRTY_LOG", bytearray(request), "enable manual dirty-log protection")
 

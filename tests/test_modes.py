@@ -1,4 +1,4 @@
-"""The memory and the registers that guests start with: Intel's rules, the tables, and real KVM."""
+"""What kvmpy puts at the top of a guest's memory: the map, the tables in it, and refusals."""
 
 from typing import Any
 
@@ -73,6 +73,16 @@ def test_long_mode_maps_each_address_to_itself(
     beyond = -(-end // PAGE_2M) * PAGE_2M
     for address in (beyond, 1 << 46, 0xFFFF_8000_0000_0000, (1 << 64) - 1):
         assert translate(layout, address).physical is None
+
+
+@pytest.mark.parametrize("pages_over", [-1, 0, 1, 6, 12, 13, 14])
+def test_the_area_may_lie_across_2_mib_pages(pages_over: int) -> None:
+    low_ram = 2 * PAGE_2M + pages_over * PAGE_4K
+    layout = build("long", 3, low_ram)
+    assert layout.base + len(layout.data) == low_ram
+    for address in (layout.base - 1, layout.base, 2 * PAGE_2M, low_ram - 1, low_ram):
+        user = bool(translate(layout, address).flags & PageFlags.USER)
+        assert user == (not layout.base <= address < low_ram)
 
 
 @given(st.sampled_from([0, 3]), ram_sizes, st.integers(0, 4 * PAGE_1G - 1))

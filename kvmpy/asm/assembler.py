@@ -2,6 +2,7 @@
 
 import math
 
+from kvmpy.asm.deadline import Deadline
 from kvmpy.asm.expand import expand
 from kvmpy.asm.layout import Layout
 from kvmpy.asm.program import ListingLine, Program
@@ -28,10 +29,9 @@ def assemble_source(source: str, mode: str, at: int, timeout: float) -> Program:
         raise ConfigError(f"a timeout of {timeout} s: it must be more than 0 and finite")
     if len(source) > _MAX_SOURCE:
         raise AssemblyError(f"a source of more than {_MAX_SOURCE:#x} characters is refused")
-    parser = StatementParser(MODES[mode])
-    text = source.replace("\r\n", "\n")
-    statements = [parser.parse(statement) for statement in expand(split_statements(text))]
-    layout = Layout(statements, at, timeout)
+    deadline = Deadline(timeout)
+    statements = _parse(source.replace("\r\n", "\n"), MODES[mode], deadline)
+    layout = Layout(statements, at, deadline)
     layout.settle()
     order = sorted(range(len(statements)), key=lambda index: statements[index].section)
     data = b"".join(layout.chunks[index] for index in order)
@@ -43,6 +43,15 @@ def assemble_source(source: str, mode: str, at: int, timeout: float) -> Program:
         if ":" not in name and not name.startswith(".L")
     }
     return Program(data, at, symbols, _listing(statements, layout))
+
+
+def _parse(source: str, bits: int, deadline: Deadline) -> list[Statement]:
+    parser = StatementParser(bits)
+    statements = []
+    for statement in expand(split_statements(source)):
+        deadline.left()
+        statements.append(parser.parse(statement))
+    return statements
 
 
 def _listing(statements: list[Statement], layout: Layout) -> tuple[ListingLine, ...]:

@@ -8,13 +8,13 @@ from kvmpy.errors import AssemblyError
 
 __all__ = ["BRANCHES", "encode_branch", "is_short_only"]
 
-_CONDITIONS = {
-    name: code
-    for code, names in enumerate(
-        ["o", "no", "b c nae", "ae nb nc", "e z", "ne nz", "be na", "a nbe", "s", "ns", "p pe", "np po", "l nge", "ge nl", "le ng", "g nle"]
-    )
-    for name in names.split()
-}
+_CODES = (
+    *("o", "no", "b c nae", "ae nb nc", "e z", "ne nz", "be na", "a nbe"),
+    *("s", "ns", "p pe", "np po", "l nge", "ge nl", "le ng", "g nle"),
+)
+"""The condition codes' names, in the order of their numbers (SDM Vol. 1 appendix B)."""
+
+_CONDITIONS = {name: code for code, names in enumerate(_CODES) for name in names.split()}
 _LOOPS = {
     "loopne": 0xE0,
     "loopnz": 0xE0,

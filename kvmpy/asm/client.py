@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from kvmpy.errors import AssemblyError
 
-__all__ = ["Answer", "WorkerDied", "WorkerHung", "encode", "worker_pid"]
+__all__ = ["Answer", "Encoded", "WorkerDied", "WorkerHung", "encode", "worker_pid"]
 
 Query: TypeAlias = tuple[int, str, int | None]
 
@@ -39,6 +39,16 @@ class Answer(NamedTuple):
     code: bytes | None
     message: str
     decoded: tuple[str, list[list[Any]]] | None
+
+
+class Encoded(NamedTuple):
+    """Answers in the order of the queries, and the seconds that they took.
+
+    Waiting for other threads and for the start of the worker does not count.
+    """
+
+    answers: list[Answer]
+    seconds: float
 
 
 class WorkerDied(Exception):
@@ -178,7 +188,7 @@ def worker_pid() -> int | None:
     return None if worker is None else worker.process.pid
 
 
-def encode(queries: list[Query], seconds: float) -> list[Answer]:
+def encode(queries: list[Query], seconds: float) -> Encoded:
     """Have instructions encoded, within `seconds` from when the worker is ready and free.
 
     Raises WorkerHung or WorkerDied with the index of the query at fault, and AssemblyError
@@ -186,10 +196,12 @@ def encode(queries: list[Query], seconds: float) -> list[Answer]:
     """
     answers: list[Answer] = []
     failed = -1
+    spent = 0.0
     with _shared.lock:
         while len(answers) < len(queries):
             worker = _ready_worker()
-            deadline = time.monotonic() + seconds
+            began = time.monotonic()
+            deadline = began + seconds - spent
             try:
                 while len(answers) < len(queries):
                     answers += worker.encode(queries[len(answers) :][:_BATCH], deadline)
@@ -204,7 +216,9 @@ def encode(queries: list[Query], seconds: float) -> list[Answer]:
                 # An answer may still be under way: the next request would take it for its own.
                 _shared.discard()
                 raise
-    return answers
+            finally:
+                spent += time.monotonic() - began
+    return Encoded(answers, spent)
 
 
 def _ready_worker() -> _Worker:

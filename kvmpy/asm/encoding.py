@@ -29,6 +29,7 @@ _REFUSED = {
     "sysexit": "write sysexitd or sysexitq",
     "xbegin": "Keystone knows no target in it: use .byte",
 }
+_LONG_ONLY = {"cmpxchg16b", "swapgs"}
 _SIZE_NAMES = {size: name for name, size in reversed(POINTER_SIZES.items())}
 _LARGE = 0x7FFFFFFF
 """A displacement that makes Keystone take the 32-bit form; the worker replaces it."""
@@ -60,14 +61,16 @@ def encode_here(instruction: Instruction, scope: Scope, distance: str) -> bytes 
                 raise AssemblyError(f"{mnemonic} takes no selector:offset")
             numbers = evaluate(selector, scope).number, evaluate(offset, scope).number
             code = encode_far(bits, mnemonic, *numbers, size * 8 or instruction.operand_bits)
-        case (Immediate(value, _, size, word),):
+        case (Immediate(value, _, size, word) as immediate,):
             number = evaluate(value, scope).number
             if mnemonic in BRANCHES:
                 if size or word == "far":
                     raise AssemblyError("write a far jump as ljmp selector:offset")
                 code = encode_branch(bits, mnemonic, word or distance, number, scope.here)
+            elif mnemonic == "int" and number == 3:
+                code = b"\xcc"
             elif mnemonic == "push":
-                _check_immediate(instruction.operands[0], scope, pushed=True)
+                _check_immediate(immediate, scope, pushed=True)
                 code = encode_push(bits, number, size * 8 or instruction.operand_bits)
             elif mnemonic in ("ret", "retf", "lret"):
                 code = encode_return(bits, mnemonic, number, instruction.operand_bits)
@@ -86,8 +89,7 @@ def _check_immediate(operand: Immediate, scope: Scope, pushed: bool = False) -> 
 
 def make_request(instruction: Instruction, scope: Scope, size: int) -> Request:
     """What to ask Keystone; `size` is that of the instruction in the pass before."""
-    if instruction.mnemonic in _REFUSED:
-        raise AssemblyError(f"{instruction.mnemonic}: {_REFUSED[instruction.mnemonic]}")
+    _check_mnemonic(instruction)
     mnemonic, texts = instruction.mnemonic, []
     resolved: list[Resolved] = []
     patch: int | None = None
@@ -111,10 +113,24 @@ def make_request(instruction: Instruction, scope: Scope, size: int) -> Request:
             texts.append(operand.text)
     if sum(isinstance(each, Place) for each in resolved) > 1:
         raise AssemblyError("two memory operands: write a string operation as movsb, movsw, ...")
-    if instruction.mnemonic == "nop" and texts:
-        raise AssemblyError("Keystone makes another instruction of nop with an operand: use .byte")
     text = f"{mnemonic} {', '.join(texts)}".rstrip()
     return Request(instruction, (instruction.bits, text, patch), tuple(resolved))
+
+
+def _check_mnemonic(instruction: Instruction) -> None:
+    """Refuse what Keystone gets wrong by its mnemonic."""
+    bits, mnemonic, operands = instruction.bits, instruction.mnemonic, instruction.operands
+    if mnemonic in _REFUSED:
+        raise AssemblyError(f"{mnemonic}: {_REFUSED[mnemonic]}")
+    if bits != 64 and (mnemonic.endswith("64") or mnemonic in _LONG_ONLY):
+        raise AssemblyError(f"{mnemonic} exists in 64-bit code only")
+    if mnemonic == "nop" and operands:
+        raise AssemblyError("Keystone makes another instruction of nop with an operand: use .byte")
+    match operands:
+        case (Memory(size=4, far=False),) if bits == 16 and mnemonic in ("jmp", "call"):
+            raise AssemblyError(
+                f"{mnemonic} dword ptr can be near or far: write {mnemonic} far [ ]"
+            )
 
 
 def _far_mnemonic(mnemonic: str, operand: Memory) -> str:
@@ -135,14 +151,17 @@ def _resolve(
         raise AssemblyError("addresses relative to eip are refused: use rip")
     names = operand.base, operand.index
     bits = next((ADDRESS_BITS[name] for name in names if ADDRESS_BITS.get(name)), instruction.bits)
-    place = Place(
-        operand.segment, operand.base, operand.index, operand.scale, number, operand.size, bits
-    )
+    given = operand.size
+    if _far_mnemonic(instruction.mnemonic, operand) in ("ljmp", "lcall"):
+        given = 0
+    elif instruction.mnemonic == "pop" and not given:
+        given = instruction.bits // 8
+    place = Place(operand.segment, operand.base, operand.index, operand.scale, number, given, bits)
     moffs = instruction.mnemonic == "movabs"
     absolute = instruction.bits == 64 and not operand.base and not operand.index and not moffs
-    if absolute and not -(1 << 31) <= number < 1 << 31:
-        if not (1 << 64) - (1 << 31) <= number < 1 << 64:
-            raise AssemblyError(f"the address {number:#x} needs [rip + ...], or movabs")
+    signed = number - (1 << 64) if number >= 1 << 63 else number
+    if absolute and not -(1 << 31) <= signed < 1 << 31:
+        raise AssemblyError(f"the address {number:#x} needs [rip + ...], or movabs")
     index_only = instruction.bits == 16 and bits == 32 and not operand.base
     vector = ADDRESS_BITS.get(operand.index) == 0
     return place, (absolute or index_only) and not vector
@@ -160,8 +179,7 @@ def _render(place: Place, patched: bool, mnemonic: str) -> str:
     displacement = _LARGE if patched else place.displacement
     if displacement or not terms:
         terms.append(str(displacement))
-    far = mnemonic in ("ljmp", "lcall")
-    size = "" if far or not place.size else f"{_SIZE_NAMES[place.size]} ptr "
+    size = f"{_SIZE_NAMES[place.size]} ptr " if place.size else ""
     if mnemonic in _TABLE_LOADS:
         size = ""
     segment = f"{place.segment}:" if place.segment else ""
@@ -171,11 +189,11 @@ def _render(place: Place, patched: bool, mnemonic: str) -> str:
 def finish(request: Request, answer: Answer) -> bytes:
     """The bytes of an answer, checked and put right; raises AssemblyError."""
     instruction = request.instruction
-    bits, mnemonic = instruction.bits, instruction.mnemonic
-    code = check_answer(bits, request.operands, answer)
+    mnemonic = instruction.mnemonic
+    code = check_answer(instruction.bits, request.operands, answer)
     first = instruction.operands[0] if instruction.operands else None
     wide = _operand_prefix(instruction, first)
-    if bits != 16 and code[:1] == b"\x66" and _has_needless_size(mnemonic, instruction):
+    if code[:1] == b"\x66" and _has_needless_size(mnemonic, instruction):
         code = code[1:]
     return instruction.prefix + wide + code
 
@@ -184,17 +202,16 @@ def _has_needless_size(mnemonic: str, instruction: Instruction) -> bool:
     """Where Keystone adds an operand-size prefix that changes the meaning, or nothing.
 
     With it, lgdt in 32-bit code loads 24 bits of the base, and push ds moves the stack
-    pointer by two; mov ds, ax does the same without.
+    pointer by two; a mov to a segment register does the same without.
     """
     if mnemonic in _TABLE_LOADS:
         return True
-    segments = [
-        isinstance(operand, RegisterOperand) and operand.name in SEGMENT_PREFIXES
-        for operand in instruction.operands
-    ]
-    if mnemonic == "mov":
-        return bool(segments) and segments[0]
-    return mnemonic in ("push", "pop") and any(segments)
+    match instruction.operands:
+        case (RegisterOperand(name), *_) if name in SEGMENT_PREFIXES:
+            return mnemonic in ("mov", "push", "pop")
+        case (Memory(), RegisterOperand(name)) if name in SEGMENT_PREFIXES:
+            return mnemonic == "mov"
+    return False
 
 
 def _operand_prefix(instruction: Instruction, first: object) -> bytes:

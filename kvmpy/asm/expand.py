@@ -82,11 +82,11 @@ class _Expander:
                     raise AssemblyError(f"macros and repeats more than {_MAX_DEPTH} deep")
                 if name in _ENDS:
                     end = _find_end(statements, position, name)
-                    body = statements[position:end]
+                    body, ending = statements[position:end], statements[end]
                     position = end + 1
-                    made = self._block(name, arguments, body)
+                    made = [*self._block(name, arguments, body), [ending._replace(text="")]]
                 elif name in self._macros:
-                    made = self._call(name, arguments, statement)
+                    made = [self._call(name, arguments, statement)]
                 else:
                     self._count()
                     self._constants.note(statement.text)
@@ -107,15 +107,16 @@ class _Expander:
 
     def _block(
         self, name: str, arguments: str, body: list[SourceStatement]
-    ) -> Iterator[list[SourceStatement]]:
-        """The repetitions of a .rept; a .macro makes nothing yet."""
+    ) -> list[list[SourceStatement]]:
+        """The repetitions of a .rept; a .macro, and no repetition, only show in the listing."""
+        silent = [statement._replace(text="") for statement in body]
         if name == ".macro":
             self._define(arguments, body)
-            return iter(())
+            return [silent]
         count = evaluate(parse_expression(arguments, {}), self._constants).number
         if not 0 <= count <= MAX_STATEMENTS:
             raise AssemblyError(f"{count} repeats: 0 to {MAX_STATEMENTS} are possible")
-        return (body for _ in range(count if body else 0))
+        return [body] * count or [silent]
 
     def _define(self, arguments: str, body: list[SourceStatement]) -> None:
         match = _HEAD.match(arguments)
@@ -132,9 +133,7 @@ class _Expander:
             parameters[parameter.strip()] = default.strip() if equals else None
         self._macros[name] = _Macro(parameters, body)
 
-    def _call(
-        self, name: str, arguments: str, call: SourceStatement
-    ) -> Iterator[list[SourceStatement]]:
+    def _call(self, name: str, arguments: str, call: SourceStatement) -> list[SourceStatement]:
         """The body of a macro with the arguments put in; errors point at the call."""
         macro = self._macros[name]
         given = _arguments(arguments)
@@ -158,7 +157,7 @@ class _Expander:
             text = _PARAMETER.sub(put, statement.text)
             return SourceStatement(call.line, text, text)
 
-        return iter([[fill(statement) for statement in macro.body]])
+        return [fill(statement) for statement in macro.body]
 
 
 def _word(statement: SourceStatement) -> tuple[str, str]:

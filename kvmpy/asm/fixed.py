@@ -30,6 +30,7 @@ _SIZED = {
     "iretw": ("cf", 16),
     "iretd": ("cf", 32),
     "iretq": ("cf", 64),
+    "leavew": ("c9", 16),
     "pushaw": ("60", 16),
     "pushad": ("60", 32),
     "popaw": ("61", 16),
@@ -61,7 +62,14 @@ _SUFFIX_BITS = {"w": 16, "d": 32, "q": 64}
 _PLAIN = {
     "endbr32": "f30f1efb",
     "endbr64": "f30f1efa",
+    "fclex": "9bdbe2",
+    "finit": "9bdbe3",
+    "invlpga": "0f01df",
     "serialize": "0f01e8",
+    "skinit": "0f01de",
+    "vmload": "0f01da",
+    "vmrun": "0f01d8",
+    "vmsave": "0f01db",
 }
 _LONG_PLAIN = {
     "pushfq": "9c",
@@ -102,10 +110,10 @@ def encode_fixed(bits: int, mnemonic: str, operand_bits: int = 0) -> bytes:
         if bits != 64:
             raise AssemblyError(f"{mnemonic} exists in 64-bit code only")
         return bytes.fromhex(_LONG_PLAIN[mnemonic])
-    opcode = _STRING_OPCODES[mnemonic[:-1]]
+    string = _STRING_OPCODES[mnemonic[:-1]]
     if mnemonic[-1] == "b":
-        return bytes([opcode])
-    return _size_prefix(bits, _SUFFIX_BITS[mnemonic[-1]]) + bytes([opcode + 1])
+        return bytes([string])
+    return _size_prefix(bits, _SUFFIX_BITS[mnemonic[-1]]) + bytes([string + 1])
 
 
 def _size_prefix(bits: int, size: int) -> bytes:

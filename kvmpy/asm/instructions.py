@@ -32,13 +32,15 @@ STRING_OPERATIONS = {
 } - {"insq", "outsq"}
 """The string operations in the forms without operands."""
 
-_LOCKABLE = set(
-    ["add", "adc", "and", "btc", "btr", "bts", "cmpxchg", "cmpxchg8b", "cmpxchg16b", "dec", "inc", "neg", "not", "or", "sbb", "sub", "xor", "xadd", "xchg"]
-)
+_LOCKABLE = {
+    *("adc", "add", "and", "btc", "btr", "bts", "cmpxchg", "cmpxchg16b", "cmpxchg8b", "dec"),
+    *("inc", "neg", "not", "or", "sbb", "sub", "xadd", "xchg", "xor"),
+}
 _REPEATABLE = STRING_OPERATIONS | {"ret"}
-_SIZEABLE = set(
-    ["ret", "retf", "lret", "iret", "pushf", "popf", "pusha", "popa", "push", "ljmp", "lcall", "jmp", "call", "lgdt", "lidt", "sgdt", "sidt"]
-)
+_SIZEABLE = {
+    *("call", "iret", "jmp", "lcall", "lgdt", "lidt", "ljmp", "lret", "popa", "popf", "push"),
+    *("pusha", "pushf", "ret", "retf", "sgdt", "sidt"),
+}
 _RESIZEABLE = STRING_OPERATIONS | {"xlatb"}
 _MNEMONIC = re.compile(r"([A-Za-z][\w.]*)(?:\s+|$)", re.ASCII)
 

@@ -6,6 +6,7 @@ from collections import Counter
 from kvmpy.asm import directives, encoding
 from kvmpy.asm.branches import BRANCHES, is_short_only
 from kvmpy.asm.client import Answer, WorkerDied, WorkerHung, encode
+from kvmpy.asm.deadline import Deadline
 from kvmpy.asm.directives import MAX_SIZE
 from kvmpy.asm.expressions import Expression, Value, evaluate, symbols_of
 from kvmpy.asm.instructions import Instruction
@@ -27,10 +28,9 @@ _cache: dict[encoding.Query, Answer] = {}
 class Layout:
     """Addresses, bytes and symbols of a program; a Scope for its expressions."""
 
-    def __init__(self, statements: list[Statement], origin: int, seconds: float) -> None:
+    def __init__(self, statements: list[Statement], origin: int, deadline: Deadline) -> None:
         self.origin = origin
-        self._end = time.monotonic() + seconds
-        self._seconds = seconds
+        self._deadline = deadline
         self._statements = statements
         self._order = sorted(range(len(statements)), key=lambda index: statements[index].section)
         self.addresses = [origin] * len(statements)
@@ -155,8 +155,9 @@ class Layout:
     def _ask(self) -> None:
         """Have Keystone encode what the last pass missed."""
         queries = list(self._missing)
+        began = time.monotonic()
         try:
-            answers = encode(queries, self._left(self._missing[queries[0]]))
+            answers, seconds = encode(queries, self._left(self._missing[queries[0]]))
         except WorkerDied as error:
             what = (
                 "takes too long over this" if isinstance(error, WorkerHung) else "crashes on this"
@@ -165,15 +166,15 @@ class Layout:
             raise _located(AssemblyError(f"Keystone {what}"), statement) from None
         if len(_cache) > _MAX_CACHED:
             _cache.clear()
+        self._deadline.extend(time.monotonic() - began - seconds)
         _cache.update(zip(queries, answers, strict=True))
 
     def _left(self, index: int) -> float:
         """The seconds that are left; raises AssemblyError when there are none."""
-        left = self._end - time.monotonic()
-        if left <= 0:
-            slow = AssemblyError(f"the source takes more than {self._seconds:g} s to assemble")
-            raise _located(slow, self._statements[index])
-        return left
+        try:
+            return self._deadline.left()
+        except AssemblyError as error:
+            raise _located(error, self._statements[index]) from None
 
 
 def _located(error: AssemblyError, statement: Statement) -> AssemblyError:

@@ -76,6 +76,8 @@ class Memory:
     decorations: str = ""
 
 
+_ZERO = Number(0)
+
 Operand: TypeAlias = RegisterOperand | Rounding | Immediate | FarPointer | Memory
 
 
@@ -129,8 +131,6 @@ class _Words:
             word = tokens[0].text.lower()
             if word in POINTER_SIZES:
                 self.size = POINTER_SIZES[word]
-                if tokens[1].text.lower() == "ptr":
-                    tokens.pop(0)
             elif word == "offset":
                 self.offset = True
             elif word in ("short", "near", "far"):
@@ -140,6 +140,8 @@ class _Words:
                 return
             self.any = True
             tokens.pop(0)
+            if tokens[0].text.lower() == "ptr" and (word in POINTER_SIZES or word == "far"):
+                tokens.pop(0)
             if not tokens:
                 raise AssemblyError(f"an operand is missing after {word}")
 
@@ -183,7 +185,7 @@ def _memory(
 class _Sum:
     """Sorts the terms of an address into registers with scales and a displacement."""
 
-    displacement: Expression = Number(0)
+    displacement: Expression = _ZERO
     terms: list[tuple[str, int]] = field(default_factory=list)
 
     def add(self, term: Expression, negative: bool) -> None:
@@ -204,7 +206,7 @@ class _Sum:
     def _add_displacement(self, term: Expression, negative: bool) -> None:
         if _holds_register(term):
             raise AssemblyError("a register can only be added, or multiplied by 1, 2, 4 or 8")
-        if self.displacement != Number(0):
+        if self.displacement != _ZERO:
             self.displacement = Binary("-" if negative else "+", self.displacement, term)
         else:
             self.displacement = Unary("-", term) if negative else term

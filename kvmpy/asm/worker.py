@@ -23,6 +23,9 @@ from typing import Any
 _ADDRESS_SPACE = 2 << 30
 """Bytes of address space the worker may use: Keystone has loops that allocate."""
 
+_LARGE = b"\xff\xff\xff\x7f"
+"""The displacement 0x7fffffff of a request whose base is to be taken out."""
+
 
 def main(search_path: list[str]) -> None:
     """Serve requests until the parent closes its end."""
@@ -90,16 +93,17 @@ class Engine:
         decoded = next(self._disassemblers[bits].disasm(code, 0, 1), None)
         return decoded if decoded is not None and decoded.size == len(code) else None
 
-    def _without_base(self, bits: int, code: bytes, displacement: int) -> bytes:
+    @staticmethod
+    def _without_base(bits: int, code: bytes, displacement: int) -> bytes:
         """Replace base and displacement of the only memory operand."""
-        decoded = self._disassemble(bits, code)
-        if decoded is None or decoded.disp_size != 4:
+        at = code.find(_LARGE)
+        # 64-bit requests have no index and so no SIB byte; 16-bit requests have one.
+        modrm = at - (1 if bits == 64 else 2)
+        if modrm < 1:
             return b""
-        modrm, at = decoded.encoding.modrm_offset, decoded.encoding.disp_offset
-        disp = (displacement & 0xFFFFFFFF).to_bytes(4, "little")
-        middle = bytes([code[modrm] & 0x38 | 4])
         sib = code[modrm + 1 : at] or b"\x25"
-        return code[:modrm] + middle + sib + disp + code[at + 4 :]
+        number = (displacement & 0xFFFFFFFF).to_bytes(4, "little")
+        return code[:modrm] + bytes([code[modrm] & 0x38 | 4]) + sib + number + code[at + 4 :]
 
     def _decode(self, bits: int, code: bytes) -> list[Any] | None:
         """Mnemonic and operands as Capstone reads them; None where it does not."""
@@ -114,7 +118,7 @@ def _operand(decoded: Any, operand: Any) -> list[Any]:
     if operand.type == 1:
         return ["r", decoded.reg_name(operand.reg)]
     if operand.type == 2:
-        return ["i", operand.imm, operand.size]
+        return ["i", operand.imm, operand.size or decoded.imm_size or 1]
     memory = operand.mem
     names = [
         decoded.reg_name(register) if register else ""

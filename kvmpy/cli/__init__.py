@@ -1,5 +1,6 @@
 """The command line: one module per verb, imported when it is used."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,6 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         complain("interrupted")
         return INTERRUPTED
+    except Exception as error:
+        if os.environ.get("KVMPY_DEBUG"):
+            raise
+        complain(f"{type(error).__name__}: {error} (KVMPY_DEBUG=1 shows where)")
+        return HOST_FAILED
 
 
 def _main(arguments: Sequence[str] | None) -> int:
@@ -26,11 +32,14 @@ def _main(arguments: Sequence[str] | None) -> int:
     from kvmpy.errors import HostError, KvmpyError
 
     try:
-        status = cli.main(arguments, prog_name="kvmpy", standalone_mode=False)
+        # Not cli.main(), which has its own ideas of what to print on Ctrl-C.
+        with cli.make_context("kvmpy", list(sys.argv[1:] if arguments is None else arguments)) as c:
+            status = cli.invoke(c)
     except click.exceptions.Exit as error:
         return int(error.exit_code)
-    except click.Abort:
-        return INTERRUPTED
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return BAD_INPUT
     except click.ClickException as error:
         complain(error.format_message())
         return BAD_INPUT
@@ -41,9 +50,20 @@ def _main(arguments: Sequence[str] | None) -> int:
         complain(str(error))
         return BAD_INPUT
     except BrokenPipeError:
+        _abandon_output()
         complain("standard output was closed early")
         return HOST_FAILED
     return status if isinstance(status, int) else 0
+
+
+def _abandon_output() -> None:
+    """Keep the interpreter from flushing to a closed pipe, and complaining, when it ends."""
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.close(null)
+    except OSError:
+        pass
 
 
 def complain(message: str) -> None:

@@ -1,6 +1,7 @@
 """`--report`: what happened in a run, as JSON."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ class Report:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.mode = ""
-        if path is not None:
-            self._write(path, "")
+        if path is not None and path.is_dir():
+            raise ConfigError(f"cannot write the report {path}: it is a directory")
+        if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ConfigError(f"cannot write the report {path}: no such directory, or forbidden")
 
     def _write(self, path: Path, text: str) -> None:
         try:

@@ -12,7 +12,7 @@ from kvmpy.cli.postmortem import postmortem
 from kvmpy.cli.report import Report
 from kvmpy.cli.stdio import input_file, read_input, write_output
 from kvmpy.devices import exit_status
-from kvmpy.errors import HostError, KvmpyError
+from kvmpy.errors import ConfigError, HostError
 from kvmpy.machine import Machine
 from kvmpy.modes import MODES
 from kvmpy.result import Result
@@ -51,6 +51,7 @@ _STATUS: Final = {
 @click.option("--report", "report_path", type=click.Path(path_type=Path), metavar="FILE",
               help="Write what happened to FILE as JSON.")  # fmt: skip
 def run(
+    *,
     guest: str,
     mode: str,
     ring: str | None,
@@ -97,14 +98,13 @@ def _run(machine: Machine, report: Report, timeout: float | None, max_exits: int
     except KeyboardInterrupt:
         complain("interrupted")
         return report.failed(machine, "interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        complain("standard output was closed early; the guest was stopped")
-        return report.failed(machine, "device-error", HOST_FAILED)
+    except ConfigError:
+        raise  # an option of ours, not a failure of the run
     except HostError as error:
         complain(str(error))
         return report.failed(machine, "host-error", HOST_FAILED)
-    except KvmpyError as error:
-        complain(str(error))
+    except Exception as error:
+        complain(f"a device failed: {error}; {' '.join(getattr(error, '__notes__', ()))}")
         return report.failed(machine, "device-error", HOST_FAILED)
     status = _status(result)
     for line in result.unclaimed:

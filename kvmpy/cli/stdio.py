@@ -1,19 +1,21 @@
 """Standard input and output as the guest's: unbuffered, and closed at any moment."""
 
+import errno
 import os
 import select
 from collections.abc import Callable
 from pathlib import Path
 
-from kvmpy.errors import ImageError
+from kvmpy.errors import HostError, ImageError
 
 __all__ = ["input_file", "read_input", "write_output"]
 
 _CHUNK = 4096
+_CLOSED = (errno.EPIPE, errno.EBADF)
 
 
 def write_output(data: bytes) -> None:
-    """Write all of `data` to standard output now; BrokenPipeError if nobody reads it."""
+    """Write all of `data` to standard output now; HostError if it cannot be written."""
     view = memoryview(data)
     while view:
         try:
@@ -21,7 +23,9 @@ def write_output(data: bytes) -> None:
         except BlockingIOError:
             select.select([], [1], [])  # a pipe that somebody made non-blocking, and full
         except OSError as error:
-            raise BrokenPipeError(error.errno, "standard output") from None
+            code = error.errno or 0
+            what = "was closed early" if code in _CLOSED else f"failed: {error.strerror}"
+            raise HostError(f"standard output {what}; the guest was stopped", code) from None
 
 
 def read_input(fd: int = 0) -> Callable[[], bytes]:

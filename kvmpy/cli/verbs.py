@@ -6,6 +6,8 @@ from typing import Final
 
 import click
 
+from kvmpy import __version__
+
 __all__ = ["cli"]
 
 VERBS: Final[Mapping[str, tuple[str, str]]] = {
@@ -46,6 +48,6 @@ class Verbs(click.Group):
 
 
 @click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="kvmpy", prog_name="kvmpy")
+@click.version_option(__version__, prog_name="kvmpy")
 def cli() -> None:
     """A minimal x86-64 hypervisor that drives /dev/kvm directly from Python."""

@@ -1,0 +1,1 @@
+"""Benchmarks of kvmpy against the same work in C. Never shipped: run from a checkout."""

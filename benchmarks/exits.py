@@ -1,0 +1,144 @@
+"""The cost of an exit: a port served in C, by Python, without KVM, and on two threads."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from kvmpy import Machine
+from kvmpy.devices.native import Sink
+from kvmpy.serve import serve
+
+from benchmarks.floor import FloorMachine, Guest
+from benchmarks.stats import Row, compare, interleave
+
+__all__ = ["GUEST", "measure_exits", "measure_noop", "measure_threads"]
+
+PORT = 0x42
+MEMORY = 4 << 20
+GUEST = bytes.fromhex("ba 42 00 00 00  ee  eb fd")
+"""mov edx, 0x42; again: out dx, al; jmp again"""
+WARM_UP = 200
+
+
+def machine(served_in_c: bool) -> Machine:
+    """A machine of kvmpy's that runs the guest, with its port served by C or by Python."""
+    made = Machine(MEMORY)
+    if served_in_c:
+        made.attach_port(PORT, 1, Sink())
+    else:
+
+        @made.on_port(PORT)
+        def nothing(offset: int, size: int, value: int | None) -> None:
+            pass
+
+    made.load(GUEST)
+    return made
+
+
+def _timed(run: Callable[[int], Any], exits: int) -> float:
+    """Nanoseconds per exit of a run, once it is warm."""
+    run(WARM_UP)
+    start = time.perf_counter_ns()
+    run(exits)
+    return (time.perf_counter_ns() - start) / exits
+
+
+def _on_kvmpy(served_in_c: bool, exits: int) -> float:
+    with machine(served_in_c) as made:
+        return _timed(lambda count: made.run(max_exits=count), exits)
+
+
+def _on_floor(guest: Guest, exits: int) -> float:
+    with guest.open() as made:
+        return _timed(made.run, exits)
+
+
+def measure_exits(rounds: int, exits: int) -> list[Row]:
+    """A port served in C and one served by Python, each over the bare C loop."""
+    guest = Guest(GUEST, MEMORY, sync=False)
+    samples = interleave(
+        rounds,
+        {
+            "floor": lambda: _on_floor(guest, exits),
+            "c": lambda: _on_kvmpy(True, exits),
+            "python": lambda: _on_kvmpy(False, exits),
+        },
+    )
+    floor = samples["floor"]
+    return [
+        compare("port served in C", "ratio", "ns", 1.02, samples["c"], floor),
+        compare("port served by Python", "difference", "ns", 500, samples["python"], floor),
+    ]
+
+
+def measure_noop(rounds: int, exits: int) -> list[Row]:
+    """The path of a port served by Python, where KVM_RUN does nothing."""
+    guest = Guest(GUEST, MEMORY, sync=False)
+    lib = guest.module.lib
+
+    def once() -> float:
+        with machine(False) as made:
+            made.run(max_exits=1)
+            loop = made.cpus[0].loop
+
+            def run(count: int) -> None:
+                loop.exits_left = count
+                serve(lib.noop_run, loop, made.dispatch, lambda: None)
+
+            return _timed(run, exits)
+
+    samples = interleave(rounds, {"noop": once})
+    return [compare("same, KVM_RUN a no-op", "value", "ns", 200, samples["noop"])]
+
+
+def _on_two_threads(runs: list[Callable[[int], Any]], exits: int) -> float:
+    """Nanoseconds per exit of the slower of two runs that start together."""
+    start = threading.Barrier(len(runs))
+    taken: list[float] = []
+
+    def work(run: Callable[[int], Any]) -> None:
+        run(WARM_UP)
+        start.wait()
+        taken.append(_timed(run, exits))
+
+    threads = [threading.Thread(target=work, args=(run,)) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if len(taken) < len(runs):
+        raise RuntimeError("a thread of the benchmark failed: see above")
+    return max(taken)
+
+
+def _two_of_kvmpy(served_in_c: bool, exits: int) -> float:
+    with machine(served_in_c) as one, machine(served_in_c) as two:
+        runs: list[Callable[[int], Any]] = [
+            lambda count: one.run(max_exits=count),
+            lambda count: two.run(max_exits=count),
+        ]
+        return _on_two_threads(runs, exits)
+
+
+def _two_floors(guest: Guest, exits: int) -> float:
+    with FloorMachine(guest) as one, FloorMachine(guest) as two:
+        return _on_two_threads([one.run, two.run], exits)
+
+
+def measure_threads(rounds: int, exits: int) -> list[Row]:
+    """Two machines on two threads, over two C loops on two threads."""
+    guest = Guest(GUEST, MEMORY, sync=False)
+    samples = interleave(
+        rounds,
+        {
+            "floor": lambda: _two_floors(guest, exits),
+            "c": lambda: _two_of_kvmpy(True, exits),
+            "python": lambda: _two_of_kvmpy(False, exits),
+        },
+    )
+    floor = samples["floor"]
+    return [
+        compare("two threads, served in C", "ratio", "ns", 1.15, samples["c"], floor),
+        compare("two threads, served by Python", "ratio", "ns", 1.15, samples["python"], floor),
+    ]

@@ -1,0 +1,134 @@
+"""Builds the C side once, and hands it the guests that kvmpy would make."""
+
+import hashlib
+import importlib
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from kvmpy import KVM, modes
+from kvmpy.errors import KvmpyError
+from kvmpy.machine import Machine
+from kvmpy.vm import IDENTITY_MAP_ADDRESS, TSS_ADDRESS
+
+__all__ = ["FloorError", "FloorMachine", "Guest", "load"]
+
+HERE = Path(__file__).parent
+BUILD = HERE / "_build"
+CSRC = HERE.parent / "csrc"
+SOURCES = (HERE / "floor.c", HERE / "noop.c")
+FLAGS = ["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
+
+
+class FloorError(KvmpyError):
+    """The C side cannot be built, or its KVM calls fail."""
+
+
+def load() -> Any:
+    """The compiled module, with `ffi` and `lib`; built where the sources have changed."""
+    read = [path.read_bytes() for path in (*SOURCES, HERE / "floor.h", *sorted(CSRC.glob("*.[ch]")))]
+    name = "floor_" + hashlib.sha256(b"".join(read)).hexdigest()[:12]
+    if not list(BUILD.glob(f"{name}.*.so")):
+        _build(name)
+    if str(BUILD) not in sys.path:
+        sys.path.append(str(BUILD))
+    importlib.invalidate_caches()
+    return importlib.import_module(name)
+
+
+def _build(name: str) -> None:
+    from cffi import FFI, VerificationError
+
+    builder = FFI()
+    builder.cdef((HERE / "floor.h").read_text())
+    builder.set_source(
+        name,
+        '#include "floor.h"',
+        sources=[str(path) for path in SOURCES],
+        include_dirs=[str(HERE), str(CSRC)],
+        extra_compile_args=FLAGS,
+    )
+    BUILD.mkdir(exist_ok=True)
+    try:
+        builder.compile(tmpdir=str(BUILD))
+    except (VerificationError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise FloorError(
+            f"cannot build the C floor: {reason}; it needs gcc, Python's headers and setuptools"
+        ) from None
+
+
+class Guest:
+    """What C needs in order to run the guest that kvmpy would: long mode, ring 0."""
+
+    def __init__(self, image: bytes, memory: int, *, sync: bool) -> None:
+        self.module = load()
+        layout = modes.build("long", 0, memory)
+        address = modes.DEFAULT_LOAD["long"]
+        with KVM() as kvm, kvm.create_vm() as vm, vm.create_vcpu() as cpu:
+            registers, special = modes.entry_state(layout, address, cpu.get_sregs())
+            entries = kvm.get_supported_cpuid()
+            sync_regs = cpu.can_sync if sync else 0
+        cpuid = len(entries).to_bytes(8, "little") + b"".join(entry.pack() for entry in entries)
+        ffi = self.module.ffi
+        blobs = {
+            "area": layout.data,
+            "image": image,
+            "cpuid": cpuid,
+            "sregs": special.pack(),
+            "regs": registers.pack(),
+        }
+        self._kept = {name: ffi.from_buffer("uint8_t[]", data) for name, data in blobs.items()}
+        numbers = {
+            "memory": memory,
+            "area_address": layout.base,
+            "area_size": len(layout.data),
+            "image_address": address,
+            "image_size": len(image),
+            "identity_map_address": IDENTITY_MAP_ADDRESS,
+            "tss_address": TSS_ADDRESS,
+            "sync": sync_regs,
+            "valid": sync_regs & 1,
+        }
+        self.c = ffi.new("struct floor_guest *", self._kept | numbers)
+
+    def life(self) -> None:
+        """Make the machine in C, run it to its first exit, and close it."""
+        check(self.module.lib.floor_life(self.c), "a life in C")
+
+    def open(self) -> "FloorMachine":
+        """Make the machine in C and leave it open."""
+        return FloorMachine(self)
+
+
+class FloorMachine:
+    """A machine that C made and runs; a context manager."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._lib = guest.module.lib
+        self._machine = guest.module.ffi.new("struct floor_machine *")
+        check(self._lib.floor_open(self._machine, guest.c), "making a machine in C")
+
+    def run(self, exits: int) -> None:
+        """Run for that many port exits; without the GIL."""
+        check(self._lib.floor_run(self._machine, exits), "running a machine in C")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lib.floor_close(self._machine)
+
+
+def check(result: int, what: str) -> None:
+    """Turn -errno into an exception."""
+    if result < 0:
+        import os
+
+        raise FloorError(f"{what} failed: {os.strerror(-result)}")

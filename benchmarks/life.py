@@ -1,0 +1,76 @@
+"""From nothing to the first exit and back: a whole life of a small machine."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+from kvmpy import KVM, Machine, modes
+
+from benchmarks.floor import Guest
+from benchmarks.stats import Row, compare, interleave
+
+__all__ = ["measure_life"]
+
+MEMORY = 4 << 20
+GUEST = b"\xf4"
+"""hlt"""
+
+
+def by_machine() -> None:
+    """The life of a Machine with its standard devices."""
+    with Machine(MEMORY) as machine:
+        machine.load(GUEST)
+        machine.run()
+
+
+def by_descriptors(cpuid: bytes) -> None:
+    """The same with the classes below Machine, and no device."""
+    layout = modes.build("long", 0, MEMORY)
+    entry = modes.DEFAULT_LOAD["long"]
+    with KVM() as kvm, kvm.create_vm() as vm:
+        ram = vm.add_memory(0, MEMORY)
+        ram.write(layout.base, layout.data)
+        ram.write(entry, GUEST)
+        cpu = vm.create_vcpu()
+        cpu.set_cpuid2(cpuid)
+        registers, special = modes.entry_state(layout, entry, cpu.get_sregs())
+        cpu.set_sregs(special)
+        cpu.set_regs(registers)
+        cpu.run()
+
+
+def _turns(lives: dict[str, Callable[[], None]], count: int) -> dict[str, float]:
+    """The median microseconds of each kind of life, of `count` lived in turn."""
+    taken: dict[str, list[float]] = {name: [] for name in lives}
+    for _ in range(count):
+        for name, live in lives.items():
+            start = time.perf_counter_ns()
+            live()
+            taken[name].append((time.perf_counter_ns() - start) / 1000)
+    return {name: median(values) for name, values in taken.items()}
+
+
+def measure_life(rounds: int, lives: int) -> list[Row]:
+    """Machine, and the classes below it, over the same calls in C."""
+    guest = Guest(GUEST, MEMORY, sync=True)
+    with KVM() as kvm:
+        cpuid = b"".join(entry.pack() for entry in kvm.get_supported_cpuid())
+    kinds: dict[str, Callable[[], None]] = {
+        "floor": guest.life,
+        "machine": by_machine,
+        "descriptors": lambda: by_descriptors(cpuid),
+    }
+    _turns(kinds, 2)
+    samples: dict[str, list[float]] = {name: [] for name in kinds}
+
+    def one_round() -> float:
+        for name, value in _turns(kinds, lives).items():
+            samples[name].append(value)
+        return 0.0
+
+    interleave(rounds, {"all": one_round})
+    floor = samples["floor"]
+    return [
+        compare("life of a Machine", "ratio", "us", 1.10, samples["machine"], floor),
+        compare("life of KVM, VM and VCPU", "ratio", "us", 1.10, samples["descriptors"], floor),
+    ]

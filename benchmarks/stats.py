@@ -1,0 +1,118 @@
+"""Interleaved measurement, and what it comes to.
+
+The subject is measured beside its floor, round by round and in turn, so that whatever disturbs
+the machine disturbs both. A round gives one figure (a ratio or a difference of that round's
+two values); the median of the rounds is the result, and their least and greatest its spread.
+"""
+
+import gc
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+__all__ = ["Row", "Spread", "collector_off", "compare", "interleave"]
+
+Measurement = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some values, and the least and the greatest of them."""
+
+    median: float
+    least: float
+    greatest: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread":
+        ordered = sorted(values)
+        return cls(median(ordered), ordered[0], ordered[-1])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result. `subject` and `floor` are in `unit`, and `figure` is compared with `bound`.
+
+    `kind` says what the figure is: "ratio" (subject over floor), "difference" (subject less
+    floor, in `unit`), "value" (the subject itself) or "count". A row with a `note` and without
+    a figure was not measured; one without a bound is there to be compared with.
+    """
+
+    name: str
+    kind: str
+    unit: str
+    figure: Spread | None
+    bound: float | None = None
+    subject: Spread | None = None
+    floor: Spread | None = None
+    rounds: int = 0
+    note: str = ""
+    samples: Mapping[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """ "met", "not met", "-" where there is no bound, or "not measured"."""
+        if self.figure is None:
+            return "not measured"
+        if self.bound is None:
+            return "-"
+        return "met" if self.figure.median <= self.bound else "not met"
+
+
+class collector_off(AbstractContextManager[None]):  # noqa: N801 - used like a function
+    """Collect garbage, then keep the collector from running inside, as `timeit` does."""
+
+    def __enter__(self) -> None:
+        gc.collect()
+        self._was_on = gc.isenabled()
+        gc.disable()
+
+    def __exit__(self, *error: object) -> None:
+        if self._was_on:
+            gc.enable()
+
+
+def interleave(rounds: int, measurements: Mapping[str, Measurement]) -> dict[str, list[float]]:
+    """Take each measurement once per round, starting with another one each time."""
+    names = list(measurements)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(rounds):
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            with collector_off():
+                samples[name].append(measurements[name]())
+    return samples
+
+
+_FIGURES: dict[str, Callable[[float, float], float]] = {
+    "ratio": lambda subject, floor: subject / floor,
+    "difference": lambda subject, floor: subject - floor,
+    "value": lambda subject, floor: subject,
+}
+
+
+def compare(
+    name: str,
+    kind: str,
+    unit: str,
+    bound: float | None,
+    subject: list[float],
+    floor: list[float] | None = None,
+    **more: Any,
+) -> Row:
+    """The row for a subject and its floor, pair by pair."""
+    pairs = zip(subject, subject if floor is None else floor, strict=True)
+    return Row(
+        name,
+        kind,
+        unit,
+        Spread.of(_FIGURES[kind](*pair) for pair in pairs),
+        bound,
+        Spread.of(subject),
+        None if floor is None else Spread.of(floor),
+        len(subject),
+        samples={"subject": subject} | ({} if floor is None else {"floor": floor}),
+        **more,
+    )
