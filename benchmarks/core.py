@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,8 +13,21 @@ from benchmarks.stats import Row
 
 __all__ = ["main"]
 
-ROUNDS, EXITS, LIVES, NOOPS = 21, 5000, 25, 100_000
-QUICK_ROUNDS, QUICK_EXITS, QUICK_LIVES, QUICK_NOOPS = 3, 500, 3, 5000
+ROUNDS, QUICK_ROUNDS = 21, 3
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Turns per round, and exits per turn."""
+
+    turns: int
+    exits: int
+    noops: int
+    lives: int
+
+
+FULL = Effort(turns=7, exits=2000, noops=20_000, lives=25)
+QUICK = Effort(turns=1, exits=500, noops=2000, lives=3)
 LEAST_ROUNDS = 15
 
 
@@ -42,15 +56,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def measure(rounds: int, exit_count: int, lives: int, noops: int) -> list[Row]:
+def measure(rounds: int, effort: Effort) -> list[Row]:
     """Every row, in the order of the table."""
     steps: list[tuple[str, Any]] = [
-        ("exits", lambda: exits.measure_exits(rounds, exit_count)),
-        ("no-op", lambda: exits.measure_noop(rounds, noops)),
-        ("lives", lambda: life.measure_life(rounds, lives)),
+        ("exits", lambda: exits.measure_exits(rounds, effort.turns, effort.exits)),
+        ("no-op", lambda: exits.measure_noop(rounds, effort.turns, effort.noops)),
+        ("lives", lambda: life.measure_life(rounds, effort.lives)),
         ("processes", lambda: process.measure_process(rounds)),
         ("registers", lambda: registers.measure_registers(rounds)),
-        ("threads", lambda: exits.measure_threads(rounds, exit_count)),
+        ("threads", lambda: exits.measure_threads(rounds, effort.turns, effort.exits)),
     ]
     rows: list[Row] = []
     for name, step in steps:
@@ -65,11 +79,10 @@ def measure(rounds: int, exit_count: int, lives: int, noops: int) -> list[Row]:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print and, if asked to, write; 0 whatever the figures are."""
     options = _parse(arguments)
-    counts = (QUICK_EXITS, QUICK_LIVES, QUICK_NOOPS) if options.quick else (EXITS, LIVES, NOOPS)
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     described = host.describe()
     try:
-        rows = measure(rounds, *counts)
+        rows = measure(rounds, QUICK if options.quick else FULL)
     except (KvmpyError, process.Failed) as error:
         print(f"benchmarks.core: {error}", file=sys.stderr)
         return 1

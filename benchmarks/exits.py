@@ -54,11 +54,12 @@ def _on_floor(guest: Guest, exits: int) -> float:
         return _timed(made.run, exits)
 
 
-def measure_exits(rounds: int, exits: int) -> list[Row]:
+def measure_exits(rounds: int, turns: int, exits: int) -> list[Row]:
     """A port served in C and one served by Python, each over the bare C loop."""
     guest = Guest(GUEST, MEMORY, sync=False)
     samples = interleave(
         rounds,
+        turns,
         {
             "floor": lambda: _on_floor(guest, exits),
             "c": lambda: _on_kvmpy(True, exits),
@@ -72,7 +73,7 @@ def measure_exits(rounds: int, exits: int) -> list[Row]:
     ]
 
 
-def measure_noop(rounds: int, exits: int) -> list[Row]:
+def measure_noop(rounds: int, turns: int, exits: int) -> list[Row]:
     """The path of a port served by Python, where KVM_RUN does nothing."""
     guest = Guest(GUEST, MEMORY, sync=False)
     lib = guest.module.lib
@@ -88,7 +89,7 @@ def measure_noop(rounds: int, exits: int) -> list[Row]:
 
             return _timed(run, exits)
 
-    samples = interleave(rounds, {"noop": once})
+    samples = interleave(rounds, turns, {"noop": once})
     return [compare("same, KVM_RUN a no-op", "value", "ns", 200, samples["noop"])]
 
 
@@ -126,11 +127,12 @@ def _two_floors(guest: Guest, exits: int) -> float:
         return _on_two_threads([one.run, two.run], exits)
 
 
-def measure_threads(rounds: int, exits: int) -> list[Row]:
+def measure_threads(rounds: int, turns: int, exits: int) -> list[Row]:
     """Two machines on two threads, over two C loops on two threads."""
     guest = Guest(GUEST, MEMORY, sync=False)
     samples = interleave(
         rounds,
+        turns,
         {
             "floor": lambda: _two_floors(guest, exits),
             "c": lambda: _two_of_kvmpy(True, exits),

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from statistics import median
 
 from kvmpy import KVM, Machine, modes
 
@@ -39,18 +38,14 @@ def by_descriptors(cpuid: bytes) -> None:
         cpu.run()
 
 
-def _turns(lives: dict[str, Callable[[], None]], count: int) -> dict[str, float]:
-    """The median microseconds of each kind of life, of `count` lived in turn."""
-    taken: dict[str, list[float]] = {name: [] for name in lives}
-    for _ in range(count):
-        for name, live in lives.items():
-            start = time.perf_counter_ns()
-            live()
-            taken[name].append((time.perf_counter_ns() - start) / 1000)
-    return {name: median(values) for name, values in taken.items()}
+def _timed(live: Callable[[], None]) -> float:
+    """Microseconds of one life."""
+    start = time.perf_counter_ns()
+    live()
+    return (time.perf_counter_ns() - start) / 1000
 
 
-def measure_life(rounds: int, lives: int) -> list[Row]:
+def measure_life(rounds: int, turns: int) -> list[Row]:
     """Machine, and the classes below it, over the same calls in C."""
     guest = Guest(GUEST, MEMORY, sync=True)
     with KVM() as kvm:
@@ -60,15 +55,9 @@ def measure_life(rounds: int, lives: int) -> list[Row]:
         "machine": by_machine,
         "descriptors": lambda: by_descriptors(cpuid),
     }
-    _turns(kinds, 2)
-    samples: dict[str, list[float]] = {name: [] for name in kinds}
-
-    def one_round() -> float:
-        for name, value in _turns(kinds, lives).items():
-            samples[name].append(value)
-        return 0.0
-
-    interleave(rounds, {"all": one_round})
+    measurements = {name: lambda live=live: _timed(live) for name, live in kinds.items()}
+    interleave(1, 2, measurements)  # what is made once per process is made now
+    samples = interleave(rounds, turns, measurements)
     floor = samples["floor"]
     return [
         compare("life of a Machine", "ratio", "us", 1.10, samples["machine"], floor),

@@ -66,6 +66,7 @@ def measure_process(rounds: int) -> list[Row]:
                 del commands[name]
         samples = interleave(
             rounds,
+            1,
             {name: lambda a=arguments: _run(a, environment) for name, arguments in commands.items()},
         )
     floor = samples["pass"]

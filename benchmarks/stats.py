@@ -74,15 +74,25 @@ class collector_off(AbstractContextManager[None]):  # noqa: N801 - used like a f
             gc.enable()
 
 
-def interleave(rounds: int, measurements: Mapping[str, Measurement]) -> dict[str, list[float]]:
-    """Take each measurement once per round, starting with another one each time."""
+def interleave(
+    rounds: int, turns: int, measurements: Mapping[str, Measurement]
+) -> dict[str, list[float]]:
+    """Each measurement's values, one per round: the median of `turns` taken in turn.
+
+    Each turn starts with another measurement than the one before. A round's median keeps out
+    what disturbs a single turn, such as another process that had the CPU.
+    """
     names = list(measurements)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(rounds):
-        first = round_ % len(names)
-        for name in names[first:] + names[:first]:
-            with collector_off():
-                samples[name].append(measurements[name]())
+        taken: dict[str, list[float]] = {name: [] for name in names}
+        with collector_off():
+            for turn in range(turns):
+                first = (round_ + turn) % len(names)
+                for name in names[first:] + names[:first]:
+                    taken[name].append(measurements[name]())
+        for name in names:
+            samples[name].append(median(taken[name]))
     return samples
 
 

@@ -115,7 +115,8 @@ protected_text:
 long_text:
         .asciz  "Long mode\n"
 
-# Descriptors: limit 15:0, base 15:0, base 23:16, type and rights, flags and limit 19:16, base 31:24.
+# Descriptors, from the lowest bit: limit 15:0, base 23:0, type and rights, limit 19:16, flags,
+# base 31:24.
         .align  8
 gdt:
         .quad   0                       # selector 0 is no segment

@@ -117,7 +117,7 @@ page_text:      .asciz  "#PF page fault, error code 0x"
 address_text:   .asciz  ", CR2 0x"
 end_text:       .asciz  "Still running\n"
 
-# A gate: offset 15:0, selector, type and rights, offset 31:16; offset 63:32, reserved. A gate of
+# A gate, from the lowest bit: offset 15:0, selector, type and rights, offset 31:16; offset 63:32, reserved. A gate of
 # zeros is not present; an exception that meets one is a #NP, which here ends in a triple fault.
         .align  16
 idt:

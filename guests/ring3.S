@@ -144,7 +144,8 @@ end_text:
         .asciz  "ring 3: and yet it goes on\n"
 program_end:
 
-# Descriptors: limit 15:0, base 15:0, base 23:16, type and rights, flags and limit 19:16, base 31:24.
+# Descriptors, from the lowest bit: limit 15:0, base 23:0, type and rights, limit 19:16, flags,
+# base 31:24.
         .align  8
 gdt:
         .quad   0                       # selector 0 is no segment
@@ -160,7 +161,7 @@ gdt_register:
         .word   gdt_end - gdt - 1       # limit: the last valid offset
         .quad   gdt                     # base
 
-# A gate: offset 15:0, selector, type and rights, offset 31:16; offset 63:32, reserved.
+# A gate, from the lowest bit: offset 15:0, selector, type and rights, offset 31:16; offset 63:32, reserved.
         .align  16
 idt:
         .space  3 * 16                  # vectors 0 to 2: not present

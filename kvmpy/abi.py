@@ -6,13 +6,24 @@ that kvmpy was built with; the tests compare them with those of the machine they
 
 import errno
 import os
+import struct
 from mmap import mmap
 from typing import Final, NamedTuple, TypeAlias
 
 from kvmpy import errors
 from kvmpy._native import ffi, lib
 
-__all__ = ["IOCTLS", "Ioctl", "WritableBuffer", "address_of", "ffi", "host_error", "ioctl", "lib"]
+__all__ = [
+    "IOCTLS",
+    "Ioctl",
+    "WritableBuffer",
+    "address_of",
+    "ffi",
+    "host_error",
+    "ioctl",
+    "lib",
+    "pack",
+]
 
 WritableBuffer: TypeAlias = bytearray | memoryview | mmap
 
@@ -111,6 +122,19 @@ def address_of(buffer: WritableBuffer) -> int:
         return int(ffi.cast("uintptr_t", pointer))
 
 
+def pack(name: str, layout: str, *values: int) -> bytearray:
+    """The struct of an ioctl; ConfigError, naming the ioctl, for a value that does not fit."""
+    try:
+        return bytearray(struct.pack(layout, *values))
+    except struct.error:
+        shown = ", ".join(
+            f"{value:#x}" if isinstance(value, int) else repr(value) for value in values
+        )
+        raise errors.ConfigError(
+            f"KVM_{name} takes unsigned numbers of limited width: {shown}"
+        ) from None
+
+
 def host_error(code: int, what: str, hint: str = "") -> errors.HostError:
     """The exception for a call that failed with errno `code`, in one line."""
     name = errno.errorcode.get(code, "no errno")
@@ -121,11 +145,14 @@ def host_error(code: int, what: str, hint: str = "") -> errors.HostError:
 def ioctl(fd: int, name: str, argument: int | WritableBuffer = 0, hint: str = "") -> int:
     """Issue the ioctl of that row; `argument` is a number or a writable buffer.
 
-    Returns what the ioctl returned. Raises HostError with the ioctl's name, the errno and
+    Returns what the ioctl returned. Raises ConfigError for a number that is negative or over
+    64 bits, HostError with the ioctl's name, the errno and
     the hint, and UnsupportedError where the kernel does not know the ioctl.
     """
     row = IOCTLS[name]
     if isinstance(argument, int):
+        if not 0 <= argument < 1 << 64:
+            raise errors.ConfigError(f"KVM_{name} takes a number of 64 bits, not {argument:#x}")
         result = lib.kvmpy_ioctl(fd, row.number, argument)
     else:
         with ffi.from_buffer("uint8_t[]", argument, require_writable=True) as pointer:

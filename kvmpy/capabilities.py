@@ -5,7 +5,9 @@ they are the same on every architecture and never change once released. A gap (5
 27, 28) belongs to a capability that the kernel has withdrawn.
 """
 
-__all__ = ["ALLOWS", "CAPABILITIES"]
+from kvmpy.errors import ConfigError
+
+__all__ = ["ALLOWS", "CAPABILITIES", "capability_number"]
 
 # Written out, not taken from the build host's header, so that a kvmpy built against old headers
 # still names what a newer kernel offers. Names are without the prefix KVM_CAP_.
@@ -408,3 +410,16 @@ ALLOWS: dict[str, str] = {
     "X86_GUEST_MODE": "whether a vCPU ran a nested guest, told at each exit",
     "GUEST_MEMFD_FLAGS": "which flags KVM_CREATE_GUEST_MEMFD takes (bits: which)",
 }
+
+
+def capability_number(capability: str | int) -> int:
+    """The number of a capability given by number or name, with or without KVM_CAP_.
+
+    Raises ConfigError for a name that no kernel has.
+    """
+    if isinstance(capability, int):
+        return capability
+    number = CAPABILITIES.get(capability.removeprefix("KVM_CAP_"))
+    if number is None:
+        raise ConfigError(f"no capability is named {capability!r}; see `kvmpy info`")
+    return number

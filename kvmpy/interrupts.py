@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from kvmpy.capabilities import CAPABILITIES
+from kvmpy.abi import pack
+from kvmpy.capabilities import capability_number
 from kvmpy.descriptor import Descriptor
 from kvmpy.errors import ConfigError
 
@@ -26,7 +27,7 @@ class IrqchipRoute:
 
     def pack(self) -> bytes:
         """Struct kvm_irq_routing_entry, 48 bytes."""
-        return struct.pack("<IIIIII24x", self.gsi, 1, 0, 0, self.chip, self.pin)
+        return bytes(pack("SET_GSI_ROUTING", "<IIIIII24x", self.gsi, 1, 0, 0, self.chip, self.pin))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,8 @@ class MsiRoute:
     def pack(self) -> bytes:
         """Struct kvm_irq_routing_entry, 48 bytes."""
         low, high = self.address & 0xFFFFFFFF, self.address >> 32
-        return struct.pack("<IIIIIII20x", self.gsi, 2, 0, 0, low, high, self.data)
+        numbers = (self.gsi, 2, 0, 0, low, high, self.data)
+        return bytes(pack("SET_GSI_ROUTING", "<IIIIIII20x", *numbers))
 
 
 GsiRoute: TypeAlias = IrqchipRoute | MsiRoute
@@ -54,11 +56,11 @@ class InterruptController(Descriptor):
 
     def enable_cap(self, capability: str | int, *arguments: int) -> None:
         """KVM_ENABLE_CAP with up to four arguments; `capability` by name or number."""
-        number = capability if isinstance(capability, int) else CAPABILITIES.get(capability)
-        if number is None:
-            raise ConfigError(f"no capability is named {capability!r}; see `kvmpy info`")
+        if len(arguments) > 4:
+            raise ConfigError(f"KVM_ENABLE_CAP takes at most 4 arguments, not {len(arguments)}")
         padded = (*arguments, 0, 0, 0, 0)[:4]
-        self.ioctl("ENABLE_CAP", bytearray(struct.pack("<II4Q64x", number, 0, *padded)))
+        numbers = (capability_number(capability), 0, *padded)
+        self.ioctl("ENABLE_CAP", pack("ENABLE_CAP", "<II4Q64x", *numbers))
 
     def create_irqchip(self) -> None:
         """PIC, IOAPIC and a local APIC for each vCPU, in the kernel; before the first vCPU."""
@@ -83,7 +85,7 @@ class InterruptController(Descriptor):
 
     def irq_line(self, gsi: int, level: bool) -> int:
         """Set a GSI's line; what KVM says: above 0 delivered, 0 merged, below 0 masked."""
-        buffer = bytearray(struct.pack("<II", gsi, int(level)))
+        buffer = pack("IRQ_LINE_STATUS", "<II", gsi, int(level))
         self.ioctl("IRQ_LINE_STATUS", buffer, "an IRQ line needs an irqchip")
         status: int = struct.unpack_from("<i", buffer)[0]
         return status
@@ -97,7 +99,7 @@ class InterruptController(Descriptor):
     def signal_msi(self, address: int, data: int) -> int:
         """Send a message-signalled interrupt; above 0 if it was delivered."""
         low, high = address & 0xFFFFFFFF, address >> 32
-        return self.ioctl("SIGNAL_MSI", bytearray(struct.pack("<IIII16x", low, high, data, 0)))
+        return self.ioctl("SIGNAL_MSI", pack("SIGNAL_MSI", "<IIII16x", low, high, data, 0))
 
     def irqfd(
         self, fd: int, gsi: int, *, resample_fd: int | None = None, deassign: bool = False
@@ -105,7 +107,7 @@ class InterruptController(Descriptor):
         """Raise the GSI whenever the eventfd `fd` is written (KVM_IRQFD)."""
         flags = int(deassign) | (2 if resample_fd is not None else 0)
         resample = 0 if resample_fd is None else resample_fd
-        self.ioctl("IRQFD", bytearray(struct.pack("<IIII16x", fd, gsi, flags, resample)))
+        self.ioctl("IRQFD", pack("IRQFD", "<IIII16x", fd, gsi, flags, resample))
 
     def ioeventfd(
         self,
@@ -122,8 +124,8 @@ class InterruptController(Descriptor):
         `size` is 1, 2, 4, 8, or 0 for any; with `value`, only a write of that value counts.
         """
         flags = int(value is not None) | (2 if port else 0) | (4 if deassign else 0)
-        packed = struct.pack("<QQIiI36x", value or 0, address, size, fd, flags)
-        self.ioctl("IOEVENTFD", bytearray(packed))
+        numbers = (value or 0, address, size, fd, flags)
+        self.ioctl("IOEVENTFD", pack("IOEVENTFD", "<QQIiI36x", *numbers))
 
     def register_coalesced(self, address: int, size: int, *, port: bool = False) -> None:
         """Let writes there pile up in the coalesced ring instead of causing an exit each."""
@@ -135,7 +137,7 @@ class InterruptController(Descriptor):
 
     def get_irqchip(self, chip: int) -> bytes:
         """The 512 bytes of state of chip 0 (PIC master), 1 (PIC slave) or 2 (IOAPIC)."""
-        buffer = bytearray(struct.pack("<I516x", chip))
+        buffer = pack("GET_IRQCHIP", "<I516x", chip)
         self.ioctl("GET_IRQCHIP", buffer)
         return bytes(buffer[8:])
 
@@ -143,7 +145,7 @@ class InterruptController(Descriptor):
         """Write back what `get_irqchip` gave."""
         if len(state) != 512:
             raise ConfigError(f"the state of an irqchip has 512 bytes, not {len(state)}")
-        self.ioctl("SET_IRQCHIP", bytearray(struct.pack("<I4x", chip) + state))
+        self.ioctl("SET_IRQCHIP", pack("SET_IRQCHIP", "<I4x", chip) + state)
 
     def get_pit(self) -> bytes:
         """Struct kvm_pit_state2, 112 bytes."""
@@ -159,4 +161,4 @@ class InterruptController(Descriptor):
 
 
 def _zone(address: int, size: int, port: bool) -> bytearray:
-    return bytearray(struct.pack("<QII", address, size, int(port)))
+    return pack("REGISTER_COALESCED_MMIO", "<QII", address, size, int(port))

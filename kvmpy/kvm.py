@@ -6,9 +6,9 @@ import struct
 from functools import cached_property
 
 from kvmpy.abi import IOCTLS, lib
-from kvmpy.capabilities import CAPABILITIES
+from kvmpy.capabilities import CAPABILITIES, capability_number
 from kvmpy.descriptor import Descriptor
-from kvmpy.errors import ConfigError, HostError, KVMUnavailableError, UnsupportedError
+from kvmpy.errors import HostError, KVMUnavailableError, UnsupportedError
 from kvmpy.vm import VM
 from kvmpy.x86.state import CPUIDEntry
 
@@ -79,7 +79,8 @@ class KVM(Descriptor):
         """The same, but UnsupportedError where the capability is absent."""
         value = self.check_extension(capability)
         if value <= 0:
-            raise UnsupportedError(f"this host's KVM lacks KVM_CAP_{capability}")
+            name = capability.removeprefix("KVM_CAP_")
+            raise UnsupportedError(f"this host's KVM lacks KVM_CAP_{name}")
         return value
 
     def capabilities(self) -> dict[str, int]:
@@ -134,16 +135,6 @@ class KVM(Descriptor):
                     raise
             else:
                 return VM(fd, size)
-
-
-def capability_number(capability: str | int) -> int:
-    """The number of a capability given by number or name, with or without KVM_CAP_."""
-    if isinstance(capability, int):
-        return capability
-    number = CAPABILITIES.get(capability.removeprefix("KVM_CAP_"))
-    if number is None:
-        raise ConfigError(f"no capability is named {capability!r}; see `kvmpy info`")
-    return number
 
 
 def unpack_cpuid(data: bytes) -> list[CPUIDEntry]:

@@ -81,14 +81,16 @@ class Memory(GuestAccess):
             )
         except (OSError, ValueError, OverflowError) as error:
             self._close_fd()
-            raise _host_error(f"cannot map {self.size} bytes of guest RAM ({backing})", error)
+            what = f"cannot map {self.size} bytes of guest RAM ({backing})"
+            raise _host_error(what, error) from error
 
     def _check_file(self, fd: int, offset: int) -> None:
         # Touching a page beyond the file's end would kill the process with SIGBUS.
         try:
             file_size = os.fstat(fd).st_size
         except (OSError, OverflowError) as error:
-            raise _host_error(f"cannot back guest RAM with file descriptor {fd}", error)
+            what = f"cannot back guest RAM with file descriptor {fd}"
+            raise _host_error(what, error) from error
         if offset < 0 or file_size < offset + self.size:
             raise ConfigError(
                 f"the file has {file_size} bytes; the region needs {self.size} "
@@ -100,7 +102,8 @@ class Memory(GuestAccess):
             self._mmap.madvise(mmap.MADV_HUGEPAGE)
         except OSError as error:
             self.close()
-            raise _host_error("no huge pages for guest RAM (leave out huge=True)", error)
+            what = "no huge pages for guest RAM (leave out huge=True)"
+            raise _host_error(what, error) from error
 
     def _offset(self, address: int, length: int) -> int:
         if length < 0:
@@ -182,9 +185,7 @@ class Memory(GuestAccess):
 
 def _host_error(what: str, error: Exception) -> HostError:
     reason = getattr(error, "strerror", None) or str(error)
-    raised = HostError(f"{what}: {reason}", getattr(error, "errno", 0) or 0)
-    raised.__cause__ = error
-    return raised
+    return HostError(f"{what}: {reason}", getattr(error, "errno", 0) or 0)
 
 
 def _check_range(address: int, size: int) -> None:

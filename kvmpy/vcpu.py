@@ -74,13 +74,17 @@ class VCPU(VcpuRegisters):
 
     def close(self) -> None:
         """Unmap and close the vCPU; calling it again does nothing."""
-        if self._runner:
-            raise ConfigError(f"{self.what} is running: stop it before closing it")
+        self.check_stopped()
         if self._run is not None:
             lib.kvmpy_forget(self.loop)
             self._run.close()
             self._run = None
         super().close()
+
+    def check_stopped(self) -> None:
+        """Raise ConfigError while a thread runs the vCPU."""
+        if self._runner:
+            raise ConfigError(f"{self.what} is running: stop it before closing it")
 
     # Running ------------------------------------------------------------------------------
 

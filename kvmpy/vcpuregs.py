@@ -47,6 +47,11 @@ class VcpuRegisters(VcpuState):
             raise ClosedError(f"{self.what} is closed")
         return self._run
 
+    @property
+    def running_here(self) -> bool:
+        """Whether the calling thread is running the vCPU: true inside of a device."""
+        return self._runner == threading.get_ident()
+
     def finish(self) -> None:
         """Finish the exit at hand (see `VCPU.finish`)."""
         raise NotImplementedError

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from kvmpy.abi import pack
 from kvmpy.descriptor import Descriptor
 from kvmpy.errors import ConfigError
 from kvmpy.stats import Stats
@@ -47,7 +48,7 @@ class VcpuState(Descriptor):
         self.ioctl(name, buffer)
         return buffer
 
-    def _write_state(self, name: str, data: bytes, size: int | None = None) -> None:
+    def _write_state(self, name: str, data: bytes | bytearray, size: int | None = None) -> None:
         if size is not None and len(data) != size:
             raise ConfigError(f"KVM_{name} takes {size} bytes, not {len(data)}")
         self._settle(writing=True)
@@ -143,7 +144,7 @@ class VcpuState(Descriptor):
         self._settle(writing=name == "SET_MSRS")
         buffer = bytearray(struct.pack("<II", len(values), 0))
         for index, value in values:
-            buffer += _MSR.pack(index, 0, value)
+            buffer += pack(name, "<IIQ", index, 0, value)
         return buffer, self.ioctl(name, buffer)
 
     def get_cpuid2(self) -> list[CPUIDEntry]:
@@ -187,13 +188,13 @@ class VcpuState(Descriptor):
         # KVM_GUESTDBG_ENABLE, _SINGLESTEP, _USE_SW_BP, _USE_HW_BP
         control = single_step << 1 | software_breakpoints << 16 | bool(points) << 17
         registers = [*points, *[0] * (4 - len(points)), 0, 0, 0, dr7]
-        packed = struct.pack("<II8Q", control | bool(control), 0, *registers)
+        packed = pack("SET_GUEST_DEBUG", "<II8Q", control | bool(control), 0, *registers)
         self._write_state("SET_GUEST_DEBUG", packed)
 
     def translate(self, address: int) -> Translation:
         """Walk the guest's page tables for a linear address (KVM_TRANSLATE)."""
         self._settle()
-        buffer = bytearray(struct.pack("<Q16x", address))
+        buffer = pack("TRANSLATE", "<Q16x", address)
         self.ioctl("TRANSLATE", buffer)
         physical, valid, writable, user = struct.unpack_from("<QBBB", buffer, 8)
         return Translation(physical if valid else None, bool(writable), bool(user))

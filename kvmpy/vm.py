@@ -4,8 +4,8 @@ import struct
 from types import TracebackType
 from typing import Final
 
-from kvmpy.abi import IOCTLS, address_of, lib
-from kvmpy.capabilities import CAPABILITIES
+from kvmpy.abi import IOCTLS, address_of, lib, pack
+from kvmpy.capabilities import capability_number
 from kvmpy.errors import ConfigError, OverlapError, UnsupportedError
 from kvmpy.interrupts import InterruptController
 from kvmpy.memory import PAGE_SIZE, AddressSpace, Memory
@@ -47,10 +47,10 @@ class VM(InterruptController):
             self.close()
             raise
 
-    def check_extension(self, capability: str) -> int:
-        """What this VM says of a capability, by name without KVM_CAP_; 0 for absent."""
-        number = IOCTLS["CHECK_EXTENSION"].number
-        return max(0, int(lib.kvmpy_ioctl(self.fd, number, CAPABILITIES[capability])))
+    def check_extension(self, capability: str | int) -> int:
+        """What this VM says of a capability, by name or number; 0 for absent."""
+        request = IOCTLS["CHECK_EXTENSION"].number
+        return max(0, int(lib.kvmpy_ioctl(self.fd, request, capability_number(capability))))
 
     def set_tss_addr(self, address: int) -> None:
         """Where VMX may keep three pages for itself; set by default (KVM_SET_TSS_ADDR)."""
@@ -58,7 +58,7 @@ class VM(InterruptController):
 
     def set_identity_map_addr(self, address: int) -> None:
         """Where VMX may keep one page for itself; set by default, before the first vCPU."""
-        self.ioctl("SET_IDENTITY_MAP_ADDR", bytearray(struct.pack("<Q", address)))
+        self.ioctl("SET_IDENTITY_MAP_ADDR", pack("SET_IDENTITY_MAP_ADDR", "<Q", address))
 
     # Memory -------------------------------------------------------------------------------
 
@@ -153,8 +153,9 @@ class VM(InterruptController):
         if first_page < 0 or count < 0 or len(bitmap) * 8 < count:
             raise ConfigError(f"a bitmap of {len(bitmap)} bytes does not hold {count} pages")
         data = bytearray(bitmap.ljust((count + 63) // 64 * 8, b"\0"))  # KVM reads whole words
-        request = struct.pack("<IIQQ", region.slot, count, first_page, address_of(data))
-        self.ioctl("CLEAR_DIRTY_LOG", bytearray(request), "enable manual dirty-log protection")
+        numbers = (region.slot, count, first_page, address_of(data))
+        request = pack("CLEAR_DIRTY_LOG", "<IIQQ", *numbers)
+        self.ioctl("CLEAR_DIRTY_LOG", request, "enable manual dirty-log protection")
 
     # vCPUs, clock, statistics -------------------------------------------------------------
 
@@ -192,13 +193,16 @@ class VM(InterruptController):
     def close(self) -> None:
         """Close the vCPUs and the VM, unmap the RAM; again: nothing.
 
-        Raises BufferError, with nothing closed, while a view of the RAM is alive.
+        Raises BufferError while a view of the RAM is alive, and ConfigError while a vCPU
+        runs; nothing is closed then.
         """
         for region in self.memory:
             region.check_no_views()
         self._close(abandon=False)
 
     def _close(self, *, abandon: bool) -> None:
+        for vcpu in self.vcpus:
+            vcpu.check_stopped()
         for vcpu in self.vcpus:
             vcpu.close()
         super().close()
@@ -219,8 +223,11 @@ class VM(InterruptController):
         # those mappings, which go when the views go, and let the exception through.
         if error is None:
             self.close()
-        else:
+            return
+        try:
             self._close(abandon=True)
+        except ConfigError as running:  # on another thread, which needs what would be closed
+            error.add_note(f"not closed: {running}")
 
     def _dispose(self) -> None:
         self._close(abandon=True)

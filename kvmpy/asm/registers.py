@@ -70,8 +70,8 @@ POINTER_SIZES = {
     "qword": 8,
     "mmword": 8,
     "tbyte": 10,
-    "oword": 16,
     "xmmword": 16,
+    "oword": 16,
     "ymmword": 32,
     "zmmword": 64,
 }

@@ -1,0 +1,216 @@
+"""Running a machine's vCPUs, and what comes of it: outcomes, results, exits one by one."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from kvmpy.abi import lib
+from kvmpy.dispatch import Dispatch
+from kvmpy.errors import ConfigError
+from kvmpy.exits import (
+    Exit,
+    FailEntry,
+    Halt,
+    InternalError,
+    Interrupted,
+    Shutdown,
+    decode,
+    exit_kind,
+)
+from kvmpy.modes import Layout
+from kvmpy.result import Result
+from kvmpy.serve import serve, serve_one, serve_posted
+from kvmpy.vcpu import VCPU
+from kvmpy.vm import VM
+from kvmpy.x86.exceptions import GuestException, decode_exception
+
+__all__ = ["Running"]
+
+_OUTCOMES: Final = {
+    lib.KVMPY_STOPPED: "stopped",
+    lib.KVMPY_DEADLINE: "timeout",
+    lib.KVMPY_MAX_EXITS: "max-exits",
+}
+_LAST: Final = (Halt, Shutdown, InternalError, FailEntry, Interrupted)
+
+
+class Running:
+    """The part of a machine that runs: `Machine` makes what it works on."""
+
+    vm: VM
+    layout: Layout
+    dispatch: Dispatch
+    entry: int | None
+
+    def __init__(self, *, strict: bool, posted: bool) -> None:
+        self._strict, self._posted = strict, posted
+        self._end: tuple[str, str, int | GuestException | None] | None = None
+        self.seconds = 0.0
+        """How long the last run took."""
+
+    @property
+    def cpus(self) -> list[VCPU]:
+        """The vCPUs, in order."""
+        return self.vm.vcpus
+
+    def run(
+        self, timeout: float | None = None, max_exits: int | None = None, cpu: int = 0
+    ) -> Result:
+        """Run a vCPU on this thread until the guest ends, or for `timeout` seconds, or exits.
+
+        What the guest does to itself is the result's outcome. An exception of a device's is
+        raised here, and so is KeyboardInterrupt; after either, the guest can be run on.
+        """
+        vcpu = self._ready(cpu)
+        loop = vcpu.loop
+        before = vcpu.exit_counts()
+        loop.exits_left = _exit_limit(max_exits)
+        started = time.perf_counter()
+        try:
+            with vcpu.entered(timeout):
+                code = serve(lib.kvmpy_run, loop, self.dispatch, self._drain(vcpu))
+        finally:
+            self.seconds = seconds = time.perf_counter() - started
+            self._drain(vcpu)()
+        if code < 0:
+            raise vcpu.run_error(-code)
+        exit_ = decode(memoryview(vcpu.run_page)) if code == lib.KVMPY_EXIT else None
+        return self._result(vcpu, _OUTCOMES.get(code, ""), exit_, seconds, before)
+
+    def exits(
+        self, timeout: float | None = None, max_exits: int | None = None, cpu: int = 0
+    ) -> Iterator[Exit]:
+        """Run a vCPU and see each of its exits, after the machine's devices have served it.
+
+        The last one says how it ended; `Interrupted` for a timeout or `stop()`.
+        """
+        vcpu = self._ready(cpu)
+        if self._posted:
+            raise ConfigError("posted_console hides exits: make the machine without it to see them")
+        left = _exit_limit(max_exits)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while left:
+            rest = None if deadline is None else max(0.0, deadline - time.monotonic())
+            exit_ = vcpu.run(rest)
+            serve_one(vcpu, self.dispatch, exit_)
+            left -= 1
+            yield exit_
+            if self._end is not None or isinstance(exit_, _LAST):
+                self._end = None
+                lib.kvmpy_unkick(vcpu.loop)
+                return
+
+    def stop(self) -> None:
+        """End the runs under way, from any thread, with the outcome "stopped".
+
+        Where none is under way, it ends the next one: a stop is never lost.
+        """
+        for cpu in self.cpus:
+            cpu.kick()
+
+    def _ready(self, cpu: int) -> VCPU:
+        self.vm.fd  # noqa: B018 - refuse a closed machine
+        if not 0 <= cpu < len(self.cpus):
+            raise ConfigError(f"there is no vCPU {cpu}: this machine has {len(self.cpus)}")
+        if self.entry is None:
+            raise ConfigError("nothing is loaded: load() a guest before running it")
+        vcpu = self.cpus[cpu]
+        vcpu.loop.exits_left = _exit_limit(None)
+        return vcpu
+
+    def _drain(self, vcpu: VCPU) -> Callable[[], None]:
+        return (lambda: serve_posted(vcpu, self.dispatch)) if self._posted else _nothing
+
+    def _finish_exit(self, vcpu: VCPU) -> None:
+        code = serve(lib.kvmpy_finish, vcpu.loop, self.dispatch, _nothing)
+        if code < 0:
+            raise vcpu.run_error(-code)
+
+    def _finish_run(
+        self, outcome: str, detail: str = "", value: int | GuestException | None = None
+    ) -> None:
+        """End the run under way with an outcome; devices call it."""
+        if self._end is None:
+            self._end = (outcome, detail, value)
+        for cpu in self.cpus:
+            if cpu.loop.running:
+                cpu.kick()
+
+    def _on_unclaimed(self, what: str) -> None:
+        if self._strict:
+            self._finish_run("unclaimed", what)
+
+    def _report_exception(self, offset: int, size: int, value: int | None) -> int | None:
+        """A reporting stub ran: decode the frame that the processor pushed for it."""
+        if value is None:
+            return 0xFF
+        for cpu in self.cpus:
+            registers = cpu.get_regs()
+            vector = self.layout.vector_at(registers.rip)
+            if vector is not None and cpu.running_here:
+                bits = 64 if self.layout.mode == "long" else 32
+                frame = self.vm.memory.read(registers.rsp, 6 * bits // 8)
+                exception = decode_exception(vector, frame, cpu.get_sregs().cr2, bits)
+                self._finish_run("exception", str(exception), exception)
+        return None
+
+    def _result(
+        self, vcpu: VCPU, outcome: str, exit_: Exit | None, seconds: float, before: dict[str, int]
+    ) -> Result:
+        detail, value = "", None
+        if outcome == "stopped" and self._end is not None:
+            outcome, detail, value = self._end
+        self._end = None
+        if exit_ is not None:
+            outcome, detail = _ending(exit_, vcpu)
+        counts = {
+            kind: count - before.get(kind, 0)
+            for kind, count in vcpu.exit_counts().items()
+            if count > before.get(kind, 0)
+        }
+        registers = vcpu.get_regs()
+        if isinstance(value, GuestException):
+            # Those of the code that raised it, not of the stub that reported it.
+            registers.rip, registers.rsp = value.rip, value.rsp
+            registers.rflags = value.rflags
+        return Result(
+            outcome=outcome,
+            registers=registers,
+            seconds=seconds,
+            exits=counts,
+            detail=detail,
+            value=value if isinstance(value, int) else None,
+            exception=value if isinstance(value, GuestException) else None,
+            exit=exit_,
+            unclaimed=tuple(self.unclaimed()),
+        )
+
+    def unclaimed(self) -> list[str]:
+        """A line for each address at which accesses found no device, with their number."""
+        return [line for one in self.dispatch.unclaimed.values() for line in one.lines()]
+
+
+def _nothing() -> None:
+    pass
+
+
+def _ending(exit_: Exit, vcpu: VCPU) -> tuple[str, str]:
+    """The outcome and the detail of an exit that ends a run."""
+    match exit_:
+        case Halt() | Shutdown():
+            detail = ""
+        case InternalError(instruction=code):
+            detail = exit_.reason + (f": {code.hex(' ')}" if code else "")
+        case FailEntry(hardware_reason=reason):
+            detail = f"hardware reason {reason:#x}"
+        case _:
+            detail = str(exit_)
+    return exit_kind(vcpu.run_page[8]), detail
+
+
+def _exit_limit(max_exits: int | None) -> int:
+    if max_exits is None:
+        return (1 << 64) - 1
+    if not 0 < max_exits < 1 << 64:
+        raise ConfigError(f"max_exits={max_exits}: give 1 or more, or None for no limit")
+    return max_exits
