@@ -67,12 +67,14 @@ struct kvmpy_loop {
     uint32_t held;
     uint32_t running;
     uint32_t open;
+    uint32_t awaiting;
     ...;
 };
 
 int kvmpy_begin(struct kvmpy_loop *loop, int64_t timeout_ns);
 void kvmpy_end(struct kvmpy_loop *loop);
 int kvmpy_run(struct kvmpy_loop *loop);
+void kvmpy_unread(struct kvmpy_loop *loop);
 int kvmpy_finish(struct kvmpy_loop *loop);
 void kvmpy_kick(struct kvmpy_loop *loop);
 int kvmpy_unkick(struct kvmpy_loop *loop);

@@ -93,7 +93,7 @@ void kvmpy_forget(struct kvmpy_loop *loop)
     loop->timer_thread = 0;
 }
 
-static int make_timer(struct kvmpy_loop *loop, int number, int thread)
+static int make_timer(struct kvmpy_loop *loop, int number, const struct thread *thread)
 {
     struct sigevent event;
 
@@ -101,24 +101,31 @@ static int make_timer(struct kvmpy_loop *loop, int number, int thread)
     memset(&event, 0, sizeof(event));
     event.sigev_notify = SIGEV_THREAD_ID;
     event.sigev_signo = number;
-    event.sigev_notify_thread_id = thread;
+    event.sigev_notify_thread_id = thread->id;
     if (timer_create(CLOCK_MONOTONIC, &event, &loop->timer))
         return -errno;
-    loop->timer_thread = thread;
-    loop->timer_process = getpid();
+    loop->timer_thread = thread->serial;
+    loop->timer_process = thread->process;
     return 0;
 }
 
-static int32_t this_thread(void)
-{
-    static __thread int32_t thread __attribute__((tls_model("initial-exec")));
-    static __thread int32_t process __attribute__((tls_model("initial-exec")));
+struct thread {
+    int32_t process;
+    int32_t id;
+    uint32_t serial; /* unlike the id, no later thread has it: the kernel's timers know that */
+};
 
-    if (process != getpid()) { /* the first call, or the child of a fork */
-        process = getpid();
-        thread = (int32_t)syscall(SYS_gettid);
+static const struct thread *this_thread(void)
+{
+    static __thread struct thread me __attribute__((tls_model("initial-exec")));
+    static uint32_t threads;
+
+    if (me.process != getpid()) { /* the first call, or the child of a fork */
+        me.process = getpid();
+        me.id = (int32_t)syscall(SYS_gettid);
+        me.serial = __atomic_add_fetch(&threads, 1, __ATOMIC_RELAXED);
     }
-    return thread;
+    return &me;
 }
 
 /* Make this thread the one that runs the vCPU; timeout_ns < 0 means no deadline.
@@ -126,7 +133,7 @@ static int32_t this_thread(void)
 int kvmpy_begin(struct kvmpy_loop *loop, int64_t timeout_ns)
 {
     sigset_t signals, before;
-    int32_t thread = this_thread();
+    const struct thread *thread = this_thread();
     uint32_t free = 0;
 
     if (!__atomic_compare_exchange_n(&loop->running, &free, 1, 0, __ATOMIC_SEQ_CST,
@@ -134,17 +141,18 @@ int kvmpy_begin(struct kvmpy_loop *loop, int64_t timeout_ns)
         return -EBUSY;
     int number = is_ours(kick_signal) ? kick_signal : choose_signal();
     int result = number;
-    if (number > 0 && (loop->timer_thread != thread || loop->timer_process != getpid()))
+    if (number > 0 && loop->timer_thread != thread->serial)
         result = make_timer(loop, number, thread);
     if (result < 0) {
         __atomic_store_n(&loop->running, 0, __ATOMIC_SEQ_CST);
         return number < 0 ? -ENOSPC : result;
     }
 
+    loop->returned = KVMPY_HEARTBEAT;
     loop->deadline_ns = timeout_ns < 0 ? 0 : (uint64_t)(now_ns() + timeout_ns);
     loop->outer = innermost;
     innermost = loop;
-    __atomic_store_n(&loop->thread, thread, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&loop->thread, thread->id, __ATOMIC_SEQ_CST);
 
     sigemptyset(&signals);
     sigaddset(&signals, number);
@@ -155,12 +163,15 @@ int kvmpy_begin(struct kvmpy_loop *loop, int64_t timeout_ns)
     return arm(loop, timeout_ns >= 0 && timeout_ns < first ? timeout_ns : first);
 }
 
-/* This thread is done with the vCPU. */
+/* This thread is done with the vCPU; nothing where kvmpy_begin() has not succeeded, so that
+ * it can be called whatever interrupted the caller. */
 void kvmpy_end(struct kvmpy_loop *loop)
 {
     static const struct itimerspec never;
     sigset_t signals;
 
+    if (innermost != loop)
+        return;
     timer_settime(loop->timer, 0, &never, NULL);
     if (loop->was_blocked) {
         sigemptyset(&signals);

@@ -203,17 +203,10 @@ static void fill_with_ones(struct kvm_run *run)
         memset(io_data(run, 0), 0xff, (size_t)run->io.size * run->io.count);
 }
 
-/* KVM_RUN came back with an exit: count it, and say whether it is one to serve. */
-static int arrived(struct kvmpy_loop *loop, struct kvm_run *run)
+/* Whether the exit at hand is an access to serve, from its first element on. */
+static int is_access(struct kvmpy_loop *loop, struct kvm_run *run)
 {
-    uint32_t reason = run->exit_reason & (KVMPY_REASONS - 1);
-    int io = reason == KVM_EXIT_IO, mmio = reason == KVM_EXIT_MMIO;
-    int write = io ? run->io.direction == KVM_EXIT_IO_OUT : mmio && run->mmio.is_write;
-
-    loop->exits[reason + (write ? KVMPY_REASONS : 0)]++;
-    loop->exits_left--;
-    loop->incomplete = unfinished(run);
-    if (!io && !mmio)
+    if (run->exit_reason != KVM_EXIT_IO && run->exit_reason != KVM_EXIT_MMIO)
         return 0;
     if (loop->raw) {
         fill_with_ones(run);
@@ -223,6 +216,19 @@ static int arrived(struct kvmpy_loop *loop, struct kvm_run *run)
     return 1;
 }
 
+/* KVM_RUN came back with an exit: count it, and say whether it is one to serve. */
+static int arrived(struct kvmpy_loop *loop, struct kvm_run *run)
+{
+    uint32_t reason = run->exit_reason & (KVMPY_REASONS - 1);
+    int io = reason == KVM_EXIT_IO, mmio = reason == KVM_EXIT_MMIO;
+    int write = io ? run->io.direction == KVM_EXIT_IO_OUT : mmio && run->mmio.is_write;
+
+    loop->exits[reason + (write ? KVMPY_REASONS : 0)]++;
+    loop->exits_left -= loop->exits_left != 0; /* finishing may take one more */
+    loop->incomplete = unfinished(run);
+    return is_access(loop, run);
+}
+
 static int enter(struct kvmpy_loop *loop)
 {
     int result = ioctl(loop->fd, KVM_RUN, 0);
@@ -230,8 +236,7 @@ static int enter(struct kvmpy_loop *loop)
     return result < 0 ? -errno : 0;
 }
 
-/* Run the guest until Python is needed. */
-int kvmpy_run(struct kvmpy_loop *loop)
+static int run_guest(struct kvmpy_loop *loop)
 {
     struct kvm_run *run = loop->run;
 
@@ -243,7 +248,10 @@ int kvmpy_run(struct kvmpy_loop *loop)
         }
         if (loop->held) {
             loop->held = 0;
-            return KVMPY_EXIT;
+            loop->open = is_access(loop, run);
+            if (!loop->open)
+                return KVMPY_EXIT;
+            continue;
         }
         if (__atomic_load_n(&loop->stop, __ATOMIC_ACQUIRE) && kvmpy_unkick(loop))
             return KVMPY_STOPPED;
@@ -274,6 +282,23 @@ int kvmpy_run(struct kvmpy_loop *loop)
     }
 }
 
+/* Run the guest until Python is needed. */
+int kvmpy_run(struct kvmpy_loop *loop)
+{
+    return loop->returned = run_guest(loop);
+}
+
+/* A signal handler raised before Python saw what kvmpy_run() returned: have the next call
+ * return it again. An access is handed over again where `awaiting` is cleared. */
+void kvmpy_unread(struct kvmpy_loop *loop)
+{
+    if (loop->returned == KVMPY_EXIT)
+        loop->held = 1;
+    else if (loop->returned == KVMPY_STOPPED)
+        __atomic_store_n(&loop->stop, 1, __ATOMIC_SEQ_CST);
+    loop->returned = KVMPY_HEARTBEAT;
+}
+
 /* Finish the exit at hand without running the guest any further: KVM_RUN with
  * immediate_exit commits it (KVM API, 5. "The kvm_run structure", immediate_exit). A split or
  * exchanging access gives another exit, which is served as well. */
@@ -289,6 +314,13 @@ int kvmpy_finish(struct kvmpy_loop *loop)
         }
         if (!loop->incomplete)
             return KVMPY_COMPLETED;
+        if (loop->held) { /* nobody has seen it yet */
+            loop->open = is_access(loop, run);
+            if (!loop->open)
+                return KVMPY_EXIT;
+            loop->held = 0;
+            continue;
+        }
 
         run->immediate_exit = 1;
         int result = enter(loop);

@@ -77,10 +77,11 @@ struct kvmpy_loop {
     uint32_t incomplete; /* the kernel must be entered once more to finish the exit */
     uint32_t held;       /* an exit found while finishing another waits for its turn */
     uint32_t running;    /* between begin and end */
+    uint32_t open;       /* accesses of the current exit are not all served yet */
+    uint32_t awaiting;   /* Python has one of them; cleared, it is handed over again */
 
     /* Private to C from here on. */
-    uint32_t open;     /* accesses of the current exit are not all served yet */
-    uint32_t awaiting; /* Python has one of them */
+    int32_t returned;  /* what kvmpy_run() returned last */
     uint32_t element;  /* index into a string instruction's data */
     uint32_t stop;     /* set by kvmpy_kick() */
     uint32_t beat;     /* set by the signal handler */
@@ -88,7 +89,7 @@ struct kvmpy_loop {
     uint64_t deadline_ns; /* CLOCK_MONOTONIC; 0: none */
     struct kvmpy_loop *outer; /* the loop whose device is running this one */
     int32_t thread;           /* tid while running, else 0 */
-    int32_t timer_thread;     /* tid that the timer signals; 0: no timer */
+    uint32_t timer_thread;    /* serial of the thread that the timer signals; 0: no timer */
     int32_t timer_process;
     int32_t was_blocked;
     timer_t timer;
@@ -97,6 +98,7 @@ struct kvmpy_loop {
 int kvmpy_begin(struct kvmpy_loop *loop, int64_t timeout_ns);
 void kvmpy_end(struct kvmpy_loop *loop);
 int kvmpy_run(struct kvmpy_loop *loop);
+void kvmpy_unread(struct kvmpy_loop *loop);
 int kvmpy_finish(struct kvmpy_loop *loop);
 void kvmpy_kick(struct kvmpy_loop *loop);
 int kvmpy_unkick(struct kvmpy_loop *loop);

@@ -117,8 +117,8 @@ page_text:      .asciz  "#PF page fault, error code 0x"
 address_text:   .asciz  ", CR2 0x"
 end_text:       .asciz  "Still running\n"
 
-# A gate, from the lowest bit: offset 15:0, selector, type and rights, offset 31:16; offset 63:32, reserved. A gate of
-# zeros is not present; an exception that meets one is a #NP, which here ends in a triple fault.
+# A gate, from the lowest bit: offset 15:0, selector, type and rights, offset 63:16, reserved.
+# A gate of zeros is not present; an exception that meets one ends in a triple fault here.
         .align  16
 idt:
         .word   divide_error & 0xffff, CODE64, INTERRUPT_GATE, divide_error >> 16

@@ -5,7 +5,8 @@
 # KVM_EXIT_MMIO), which asks its devices. For a read it waits for their answer.
 #
 # No device claims the address unless you attach one: the writes are dropped, the reads give all
-# ones as on an empty bus, and kvmpy reports both. With eight bytes of storage for each register,
+# ones as on an empty bus, and kvmpy reports both (with --strict, the first ends the guest). With
+# storage there instead,
 #     registers = {}
 #     @machine.on_mmio(0xd0000000)
 #     def storage(offset, size, value):

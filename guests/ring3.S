@@ -161,7 +161,7 @@ gdt_register:
         .word   gdt_end - gdt - 1       # limit: the last valid offset
         .quad   gdt                     # base
 
-# A gate, from the lowest bit: offset 15:0, selector, type and rights, offset 31:16; offset 63:32, reserved.
+# A gate, from the lowest bit: offset 15:0, selector, type and rights, offset 63:16, reserved.
         .align  16
 idt:
         .space  3 * 16                  # vectors 0 to 2: not present

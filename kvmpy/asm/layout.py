@@ -62,22 +62,30 @@ class Layout:
     def settle(self) -> None:
         """Pass over the program until nothing changes any more; raises AssemblyError."""
         for _ in range(_MAX_PASSES):
-            before = (list(self._sizes), dict(self.values), len(self._near))
+            sizes, values = list(self._sizes), dict(self.values)
             self._pass()
             if self._missing:
                 self._ask()
-            elif before == (self._sizes, self.values, len(self._near)):
-                break
-        else:
-            self._raise_first()
-            raise AssemblyError("sizes and symbols do not settle: is a symbol defined by itself?")
+            elif (sizes, values) == (self._sizes, self.values):
+                self._raise_first()
+                return
         self._raise_first()
+        self._raise_unsettled(sizes, values)
 
     def _raise_first(self) -> None:
         """Report the first problem by line that the last pass met."""
         if self._failed:
             index = min(self._failed)
             raise _located(self._failed[index], self._statements[index])
+
+    def _raise_unsettled(self, sizes: list[int], values: dict[str, Value]) -> None:
+        """Report the first statement that came out differently in the last two passes."""
+        for index, statement in enumerate(self._statements):
+            body = statement.body
+            name = body.name if isinstance(body, Assignment) else ""
+            if sizes[index] != self._sizes[index] or values.get(name) != self.values.get(name):
+                circular = AssemblyError("the size or value depends on itself")
+                raise _located(circular, statement)
 
     def _pass(self) -> None:
         """Give each statement its address, and its bytes where they can be known."""
@@ -203,8 +211,9 @@ def _check_definitions(statements: list[Statement]) -> set[str]:
         for expression in _expressions(statement):
             for name in symbols_of(expression):
                 if name not in lines:
-                    shown = name.replace(":", " (numeric label), occurrence ")
-                    raise _located(AssemblyError(f"{shown} is not defined"), statement)
+                    number, colon, _ = name.partition(":")
+                    what = f"there is no label {number}: below here" if colon else ""
+                    raise _located(AssemblyError(what or f"{name} is not defined"), statement)
     return {name for name, count in times.items() if count > 1}
 
 

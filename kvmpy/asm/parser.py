@@ -54,8 +54,11 @@ def parse_tokens(tokens: list[Token], labels: LocalLabels) -> Expression:
     return readings[0]
 
 
-def split_commas(tokens: list[Token]) -> list[list[Token]]:
-    """Cut tokens at the commas outside of brackets; no tokens give no parts."""
+def split_commas(tokens: list[Token], blanks: bool = False) -> list[list[Token]]:
+    """Cut tokens at the commas outside of brackets; no tokens give no parts.
+
+    An empty part is an error, but for those that `blanks` lets through.
+    """
     parts: list[list[Token]] = [[]]
     depth = 0
     for token in tokens:
@@ -66,7 +69,7 @@ def split_commas(tokens: list[Token]) -> list[list[Token]]:
             parts[-1].append(token)
     if parts == [[]]:
         return []
-    if any(not part for part in parts):
+    if not blanks and any(not part for part in parts):
         raise AssemblyError("an operand is missing beside a comma")
     return parts
 

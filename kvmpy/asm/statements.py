@@ -58,6 +58,12 @@ class Statement:
 _ASSIGNMENT = re.compile(rf"({NAME})\s*=(?!=)(.*)", re.ASCII | re.DOTALL)
 _DIRECTIVE = re.compile(r"(\.[A-Za-z]\w*)(?:\s+(.*))?$", re.ASCII | re.DOTALL)
 _SETTERS = {".equ", ".set", ".equiv"}
+_ALIGNMENTS = {".align", ".balign", ".p2align"}
+_PADDING = {".space": 2, ".skip": 2, ".zero": 1, ".fill": 3, ".org": 2} | dict.fromkeys(
+    _ALIGNMENTS, 3
+)
+"""Directives that fill up, and how many numbers they take."""
+
 _CODE_BITS = {".code16": 16, ".code32": 32, ".code64": 64}
 
 
@@ -136,12 +142,20 @@ class StatementParser:
             raise AssemblyError(f"{name} is refused: {REFUSED[name]}")
         if name in STRINGS:
             return self._string(name, arguments)
-        parts = [parse_tokens(part, self._labels) for part in split_commas(tokenize(arguments))]
+        if name not in DATA_SIZES and name not in _PADDING:
+            raise AssemblyError(f"the directive {name} is unknown")
+        parts = [
+            parse_tokens(part, self._labels) if part else None
+            for part in split_commas(tokenize(arguments), blanks=name in _ALIGNMENTS)
+        ]
+        numbers = tuple(part for part in parts if part is not None)
+        if not numbers or parts[0] is None:
+            raise AssemblyError(f"{name} needs a number")
         if name in DATA_SIZES:
-            if not parts:
-                raise AssemblyError(f"{name} needs a value")
-            return Data(DATA_SIZES[name], tuple(parts))
-        return _padding(name, parts, self._section == 0)
+            return Data(DATA_SIZES[name], numbers)
+        if len(parts) > _PADDING[name]:
+            raise AssemblyError(f"{name} takes {_PADDING[name]} numbers at most")
+        return _padding(name, parts[0], [*parts[1:], None, None], self._section == 0)
 
     def _switch(self, name: str, arguments: str) -> None:
         """Directives that make nothing: mode, section, and those without a meaning here."""
@@ -175,25 +189,15 @@ class StatementParser:
         return Literal(data)
 
 
-def _padding(name: str, parts: list[Expression], code: bool) -> Body:
+def _padding(
+    name: str, first: Expression, rest: list[Expression | None], code: bool
+) -> Space | Origin | Align:
     """Directives that fill up; `code` says whether alignment is filled with nops."""
-    count = len(parts)
-    zero = parts[0] if count else None
-    if zero is None:
-        wanted = {".space", ".skip", ".zero", ".fill", ".org", ".align", ".balign", ".p2align"}
-        raise AssemblyError(
-            f"{name} needs a number" if name in wanted else f"the directive {name} is unknown"
-        )
-    if name in (".space", ".skip") and count <= 2:
-        return Space(zero, 1, parts[1] if count == 2 else None)
-    if name == ".zero" and count == 1:
-        return Space(zero, 1, None)
-    if name == ".fill" and count <= 3:
-        size = parts[1] if count > 1 else None
-        return Space(zero, size if size is not None else 1, parts[2] if count == 3 else None)
-    if name == ".org" and count <= 2:
-        return Origin(zero, parts[1] if count == 2 else None)
-    if name in (".align", ".balign", ".p2align") and count <= 3:
-        fill = parts[1] if count > 1 else None
-        return Align(zero, name == ".p2align", fill, parts[2] if count > 2 else None, code)
-    raise AssemblyError(f"{name} has too many arguments, or is unknown")
+    second, third = rest[:2]
+    if name in (".space", ".skip", ".zero"):
+        return Space(first, 1, second)
+    if name == ".fill":
+        return Space(first, 1 if second is None else second, third)
+    if name == ".org":
+        return Origin(first, second)
+    return Align(first, name == ".p2align", second, third, code)

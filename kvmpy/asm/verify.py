@@ -49,6 +49,9 @@ def check_answer(bits: int, operands: tuple[Resolved, ...], answer: Answer) -> b
     """The code of an answer; raises AssemblyError for a refusal and for wrong code."""
     if answer.code is None:
         hint = _HINTS.get(answer.message, "Keystone refuses it: " + answer.message)
+        unsized = any(isinstance(operand, Place) and not operand.size for operand in operands)
+        if unsized and answer.message == "Invalid operand":
+            hint += "; it may lack a size, such as dword ptr"
         raise AssemblyError(hint.format(bits=bits))
     if answer.decoded is None:
         raise AssemblyError("Keystone's encoding cannot be decoded again, so it is refused")
@@ -69,7 +72,7 @@ def _found(bits: int, operand: Resolved, decoded: list[list[Any]], code: bytes) 
             return any(_same_number(value, each[1], each[2] * 8) for each in numbers)
         case Place():
             return any(
-                _same_place(bits, operand, each[1:], code) for each in decoded if each[0] == "m"
+                _same_place(bits, operand, each[1:]) for each in decoded if each[0] == "m"
             )
         case str(name) if name.startswith("st"):
             return True  # Capstone leaves out the top of the x87 stack
@@ -83,7 +86,7 @@ def _same_number(value: int, decoded: int, width: int) -> bool:
     return fits and (value - decoded) % (1 << width) == 0
 
 
-def _same_place(bits: int, place: Place, decoded: list[Any], code: bytes) -> bool:
+def _same_place(bits: int, place: Place, decoded: list[Any]) -> bool:
     """The same segment, registers, scale, displacement, and size where one is given."""
     segment, base, index, scale, displacement, size = decoded
     registers = (place.base, place.index, place.scale if place.index else 1)
@@ -97,18 +100,9 @@ def _same_place(bits: int, place: Place, decoded: list[Any], code: bytes) -> boo
     modulus = 1 << place.bits
     if not -(modulus >> 1) <= place.displacement < modulus:
         return False
-    if all((place.displacement - displacement * factor) % modulus for factor in _factors(code)):
+    if (place.displacement - displacement) % modulus:
         return False
     return place.size in (0, size)
-
-
-def _factors(code: bytes) -> tuple[int, ...]:
-    """What a displacement may be multiplied by: EVEX scales those of one byte.
-
-    Capstone gives the byte as it is (Intel SDM Vol. 2 section 2.7.5).
-    """
-    evex = code.lstrip(b"\x64\x65\x67")[:1] == b"\x62"
-    return (1, 2, 4, 8, 16, 32, 64) if evex else (1,)
 
 
 def _segment(bits: int, segment: str, base: str) -> str:
