@@ -26,8 +26,8 @@ class Effort:
     lives: int
 
 
-FULL = Effort(turns=7, exits=2000, noops=20_000, lives=25)
-QUICK = Effort(turns=1, exits=500, noops=2000, lives=3)
+FULL = Effort(turns=25, exits=500, noops=10_000, lives=25)
+QUICK = Effort(turns=3, exits=100, noops=1000, lives=3)
 LEAST_ROUNDS = 15
 
 

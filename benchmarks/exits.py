@@ -2,15 +2,16 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from kvmpy import Machine
 from kvmpy.devices.native import Sink
 from kvmpy.serve import serve
 
-from benchmarks.floor import FloorMachine, Guest
-from benchmarks.stats import Row, compare, interleave
+from benchmarks.floor import FloorError, Guest, load
+from benchmarks.stats import Row, Turn, compare, interleave
 
 __all__ = ["GUEST", "measure_exits", "measure_noop", "measure_threads"]
 
@@ -36,22 +37,32 @@ def machine(served_in_c: bool) -> Machine:
     return made
 
 
-def _timed(run: Callable[[int], Any], exits: int) -> float:
-    """Nanoseconds per exit of a run, once it is warm."""
+def _turn(run: Callable[[int], Any], exits: int) -> Turn:
+    """A turn that gives nanoseconds per exit; warmed up already."""
     run(WARM_UP)
-    start = time.perf_counter_ns()
-    run(exits)
-    return (time.perf_counter_ns() - start) / exits
+
+    def timed() -> float:
+        start = time.perf_counter_ns()
+        run(exits)
+        return (time.perf_counter_ns() - start) / exits
+
+    return timed
 
 
-def _on_kvmpy(served_in_c: bool, exits: int) -> float:
+def _runner(made: Machine) -> Callable[[int], Any]:
+    return lambda count: made.run(max_exits=count)
+
+
+@contextmanager
+def kvmpy_turn(served_in_c: bool, exits: int) -> Iterator[Turn]:
     with machine(served_in_c) as made:
-        return _timed(lambda count: made.run(max_exits=count), exits)
+        yield _turn(_runner(made), exits)
 
 
-def _on_floor(guest: Guest, exits: int) -> float:
+@contextmanager
+def floor_turn(guest: Guest, exits: int) -> Iterator[Turn]:
     with guest.open() as made:
-        return _timed(made.run, exits)
+        yield _turn(made.run, exits)
 
 
 def measure_exits(rounds: int, turns: int, exits: int) -> list[Row]:
@@ -61,9 +72,9 @@ def measure_exits(rounds: int, turns: int, exits: int) -> list[Row]:
         rounds,
         turns,
         {
-            "floor": lambda: _on_floor(guest, exits),
-            "c": lambda: _on_kvmpy(True, exits),
-            "python": lambda: _on_kvmpy(False, exits),
+            "floor": lambda: floor_turn(guest, exits),
+            "c": lambda: kvmpy_turn(True, exits),
+            "python": lambda: kvmpy_turn(False, exits),
         },
     )
     floor = samples["floor"]
@@ -73,23 +84,23 @@ def measure_exits(rounds: int, turns: int, exits: int) -> list[Row]:
     ]
 
 
+@contextmanager
+def noop_turn(step: Callable[[Any], int], exits: int) -> Iterator[Turn]:
+    with machine(False) as made:
+        made.run(max_exits=1)
+        loop = made.cpus[0].loop
+
+        def run(count: int) -> None:
+            loop.exits_left = count
+            serve(step, loop, made.dispatch, lambda: None)
+
+        yield _turn(run, exits)
+
+
 def measure_noop(rounds: int, turns: int, exits: int) -> list[Row]:
     """The path of a port served by Python, where KVM_RUN does nothing."""
-    guest = Guest(GUEST, MEMORY, sync=False)
-    lib = guest.module.lib
-
-    def once() -> float:
-        with machine(False) as made:
-            made.run(max_exits=1)
-            loop = made.cpus[0].loop
-
-            def run(count: int) -> None:
-                loop.exits_left = count
-                serve(lib.noop_run, loop, made.dispatch, lambda: None)
-
-            return _timed(run, exits)
-
-    samples = interleave(rounds, turns, {"noop": once})
+    step = load().lib.noop_run
+    samples = interleave(rounds, turns, {"noop": lambda: noop_turn(step, exits)})
     return [compare("same, KVM_RUN a no-op", "value", "ns", 200, samples["noop"])]
 
 
@@ -99,9 +110,9 @@ def _on_two_threads(runs: list[Callable[[int], Any]], exits: int) -> float:
     taken: list[float] = []
 
     def work(run: Callable[[int], Any]) -> None:
-        run(WARM_UP)
+        turn = _turn(run, exits)
         start.wait()
-        taken.append(_timed(run, exits))
+        taken.append(turn())
 
     threads = [threading.Thread(target=work, args=(run,)) for run in runs]
     for thread in threads:
@@ -109,22 +120,20 @@ def _on_two_threads(runs: list[Callable[[int], Any]], exits: int) -> float:
     for thread in threads:
         thread.join()
     if len(taken) < len(runs):
-        raise RuntimeError("a thread of the benchmark failed: see above")
+        raise FloorError("a thread of the benchmark failed, as is said above")
     return max(taken)
 
 
-def _two_of_kvmpy(served_in_c: bool, exits: int) -> float:
+@contextmanager
+def two_of_kvmpy(served_in_c: bool, exits: int) -> Iterator[Turn]:
     with machine(served_in_c) as one, machine(served_in_c) as two:
-        runs: list[Callable[[int], Any]] = [
-            lambda count: one.run(max_exits=count),
-            lambda count: two.run(max_exits=count),
-        ]
-        return _on_two_threads(runs, exits)
+        yield lambda: _on_two_threads([_runner(one), _runner(two)], exits)
 
 
-def _two_floors(guest: Guest, exits: int) -> float:
-    with FloorMachine(guest) as one, FloorMachine(guest) as two:
-        return _on_two_threads([one.run, two.run], exits)
+@contextmanager
+def two_floors(guest: Guest, exits: int) -> Iterator[Turn]:
+    with guest.open() as one, guest.open() as two:
+        yield lambda: _on_two_threads([one.run, two.run], exits)
 
 
 def measure_threads(rounds: int, turns: int, exits: int) -> list[Row]:
@@ -134,9 +143,9 @@ def measure_threads(rounds: int, turns: int, exits: int) -> list[Row]:
         rounds,
         turns,
         {
-            "floor": lambda: _two_floors(guest, exits),
-            "c": lambda: _two_of_kvmpy(True, exits),
-            "python": lambda: _two_of_kvmpy(False, exits),
+            "floor": lambda: two_floors(guest, exits),
+            "c": lambda: two_of_kvmpy(True, exits),
+            "python": lambda: two_of_kvmpy(False, exits),
         },
     )
     floor = samples["floor"]

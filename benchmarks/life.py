@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 
 from kvmpy import KVM, Machine, modes
 
 from benchmarks.floor import Guest
-from benchmarks.stats import Row, compare, interleave
+from benchmarks.stats import Prepared, Row, compare, interleave
 
 __all__ = ["measure_life"]
 
@@ -38,11 +40,15 @@ def by_descriptors(cpuid: bytes) -> None:
         cpu.run()
 
 
-def _timed(live: Callable[[], None]) -> float:
-    """Microseconds of one life."""
-    start = time.perf_counter_ns()
-    live()
-    return (time.perf_counter_ns() - start) / 1000
+def _turn(live: Callable[[], None]) -> Prepared:
+    """A turn that gives the microseconds of one life."""
+
+    def timed() -> float:
+        start = time.perf_counter_ns()
+        live()
+        return (time.perf_counter_ns() - start) / 1000
+
+    return nullcontext(timed)
 
 
 def measure_life(rounds: int, turns: int) -> list[Row]:
@@ -55,9 +61,9 @@ def measure_life(rounds: int, turns: int) -> list[Row]:
         "machine": by_machine,
         "descriptors": lambda: by_descriptors(cpuid),
     }
-    measurements = {name: lambda live=live: _timed(live) for name, live in kinds.items()}
-    interleave(1, 2, measurements)  # what is made once per process is made now
-    samples = interleave(rounds, turns, measurements)
+    subjects = {name: partial(_turn, live) for name, live in kinds.items()}
+    interleave(1, 2, subjects)  # what is made once per process is made now
+    samples = interleave(rounds, turns, subjects)
     floor = samples["floor"]
     return [
         compare("life of a Machine", "ratio", "us", 1.10, samples["machine"], floor),

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import kvmpy
@@ -67,7 +69,10 @@ def measure_process(rounds: int) -> list[Row]:
         samples = interleave(
             rounds,
             1,
-            {name: lambda a=arguments: _run(a, environment) for name, arguments in commands.items()},
+            {
+                name: partial(nullcontext, partial(_run, arguments, environment))
+                for name, arguments in commands.items()
+            },
         )
     floor = samples["pass"]
     rows = [

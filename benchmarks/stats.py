@@ -7,14 +7,18 @@ two values); the median of the rounds is the result, and their least and greates
 
 import gc
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
-__all__ = ["Row", "Spread", "collector_off", "compare", "interleave"]
+__all__ = ["Prepared", "Row", "Spread", "Turn", "compare", "interleave"]
 
-Measurement = Callable[[], float]
+Turn: TypeAlias = Callable[[], float]
+"""Takes one measurement."""
+
+Prepared: TypeAlias = AbstractContextManager[Turn]
+"""What a round needs: it makes machines and the like, and closes them."""
 
 
 @dataclass(frozen=True)
@@ -75,22 +79,25 @@ class collector_off(AbstractContextManager[None]):  # noqa: N801 - used like a f
 
 
 def interleave(
-    rounds: int, turns: int, measurements: Mapping[str, Measurement]
+    rounds: int, turns: int, subjects: Mapping[str, Callable[[], Prepared]]
 ) -> dict[str, list[float]]:
-    """Each measurement's values, one per round: the median of `turns` taken in turn.
+    """Each subject's values, one per round: the median of `turns` short turns.
 
-    Each turn starts with another measurement than the one before. A round's median keeps out
-    what disturbs a single turn, such as another process that had the CPU.
+    A round prepares all subjects anew, and then they take turns, each time starting with
+    another one. A round's median keeps out what disturbs a single turn, such as another
+    process that had the CPU.
     """
-    names = list(measurements)
+    names = list(subjects)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(rounds):
         taken: dict[str, list[float]] = {name: [] for name in names}
-        with collector_off():
+        with ExitStack() as stack:
+            ready = {name: stack.enter_context(subjects[name]()) for name in names}
+            stack.enter_context(collector_off())
             for turn in range(turns):
                 first = (round_ + turn) % len(names)
                 for name in names[first:] + names[:first]:
-                    taken[name].append(measurements[name]())
+                    taken[name].append(ready[name]())
         for name in names:
             samples[name].append(median(taken[name]))
     return samples

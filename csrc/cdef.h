@@ -41,10 +41,14 @@ struct kvmpy_range {
     uint32_t action;
 };
 
+struct kvmpy_ranges {
+    uint32_t count;
+    struct kvmpy_range at[];
+};
+
 struct kvmpy_routes {
     uint16_t *ports;
-    struct kvmpy_range *ranges;
-    uint32_t range_count;
+    struct kvmpy_ranges *ranges;
     struct kvmpy_action *actions;
 };
 

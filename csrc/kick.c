@@ -85,6 +85,25 @@ static int arm(struct kvmpy_loop *loop, int64_t first_ns)
     return timer_settime(loop->timer, 0, &times, NULL) ? -errno : 0;
 }
 
+struct thread {
+    int32_t process;
+    int32_t id;
+    uint32_t serial; /* unlike the id, no later thread has it: the kernel's timers know that */
+};
+
+static const struct thread *this_thread(void)
+{
+    static __thread struct thread me __attribute__((tls_model("initial-exec")));
+    static uint32_t threads;
+
+    if (me.process != getpid()) { /* the first call, or the child of a fork */
+        me.process = getpid();
+        me.id = (int32_t)syscall(SYS_gettid);
+        me.serial = __atomic_add_fetch(&threads, 1, __ATOMIC_RELAXED);
+    }
+    return &me;
+}
+
 /* Delete the timer. A forked child must not: its timer of that number is another's. */
 void kvmpy_forget(struct kvmpy_loop *loop)
 {
@@ -107,25 +126,6 @@ static int make_timer(struct kvmpy_loop *loop, int number, const struct thread *
     loop->timer_thread = thread->serial;
     loop->timer_process = thread->process;
     return 0;
-}
-
-struct thread {
-    int32_t process;
-    int32_t id;
-    uint32_t serial; /* unlike the id, no later thread has it: the kernel's timers know that */
-};
-
-static const struct thread *this_thread(void)
-{
-    static __thread struct thread me __attribute__((tls_model("initial-exec")));
-    static uint32_t threads;
-
-    if (me.process != getpid()) { /* the first call, or the child of a fork */
-        me.process = getpid();
-        me.id = (int32_t)syscall(SYS_gettid);
-        me.serial = __atomic_add_fetch(&threads, 1, __ATOMIC_RELAXED);
-    }
-    return &me;
 }
 
 /* Make this thread the one that runs the vCPU; timeout_ns < 0 means no deadline.

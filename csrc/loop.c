@@ -113,17 +113,17 @@ static int serve_io(struct kvmpy_loop *loop, struct kvm_run *run)
 
 static const struct kvmpy_range *find_range(struct kvmpy_loop *loop, uint64_t address)
 {
-    const struct kvmpy_routes *routes = loop->routes;
-    uint32_t low = 0, high = routes->range_count;
+    const struct kvmpy_ranges *ranges = __atomic_load_n(&loop->routes->ranges, __ATOMIC_ACQUIRE);
+    uint32_t low = 0, high = ranges->count;
 
     if (loop->last_range < high) {
-        const struct kvmpy_range *last = routes->ranges + loop->last_range;
+        const struct kvmpy_range *last = ranges->at + loop->last_range;
         if (last->start <= address && address < last->end)
             return last;
     }
     while (low < high) {
         uint32_t middle = (low + high) / 2;
-        const struct kvmpy_range *range = routes->ranges + middle;
+        const struct kvmpy_range *range = ranges->at + middle;
         if (address < range->start)
             high = middle;
         else if (address >= range->end)
@@ -236,11 +236,19 @@ static int enter(struct kvmpy_loop *loop)
     return result < 0 ? -errno : 0;
 }
 
+/* Coalesced writes came before the exit at hand, so they are served before it. */
+static int posted(const struct kvmpy_loop *loop)
+{
+    return loop->ring && !loop->raw && loop->ring[0] != loop->ring[1];
+}
+
 static int run_guest(struct kvmpy_loop *loop)
 {
     struct kvm_run *run = loop->run;
 
     for (;;) {
+        if (posted(loop))
+            return KVMPY_POSTED;
         if (loop->open) {
             int access = serve(loop, run);
             if (access)
@@ -270,15 +278,12 @@ static int run_guest(struct kvmpy_loop *loop)
         }
         if (result < 0)
             return result;
-        int access = arrived(loop, run);
-        loop->open = access;
-        /* Coalesced writes came first, so they are served first. */
-        if (loop->ring && loop->ring[0] != loop->ring[1]) {
-            loop->held = !access;
-            return KVMPY_POSTED;
+        loop->open = arrived(loop, run);
+        if (!loop->open) {
+            if (!posted(loop))
+                return KVMPY_EXIT;
+            loop->held = 1;
         }
-        if (!access)
-            return KVMPY_EXIT;
     }
 }
 

@@ -48,10 +48,14 @@ struct kvmpy_range {
     uint32_t action;
 };
 
+struct kvmpy_ranges {
+    uint32_t count;
+    struct kvmpy_range at[]; /* sorted by start, disjoint */
+};
+
 struct kvmpy_routes {
-    uint16_t *ports;            /* 65536 indices into actions; 0: Python */
-    struct kvmpy_range *ranges; /* MMIO, sorted by start, disjoint */
-    uint32_t range_count;
+    uint16_t *ports;              /* 65536 indices into actions; 0: Python */
+    struct kvmpy_ranges *ranges;  /* MMIO; never changed, but replaced as a whole */
     struct kvmpy_action *actions; /* actions[0] is KVMPY_TO_PYTHON */
 };
 

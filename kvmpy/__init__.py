@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvmpy.asm import Program, assemble
+    from kvmpy.boot import Image, load_image
     from kvmpy.errors import (
         AddressError,
         AssemblyError,
@@ -67,6 +68,7 @@ __all__ = [
     "FailEntry",
     "Halt",
     "HostError",
+    "Image",
     "ImageError",
     "InternalError",
     "Interrupted",
@@ -91,11 +93,13 @@ __all__ = [
     "UnknownExit",
     "UnsupportedError",
     "assemble",
+    "load_image",
 ]
 
 # Where each name lives: the same as above, for the interpreter.
 _HOMES = {
     "kvmpy.asm": ("Program", "assemble"),
+    "kvmpy.boot": ("Image", "load_image"),
     "kvmpy.errors": (
         "AddressError",
         "AssemblyError",

@@ -145,9 +145,9 @@ def host_error(code: int, what: str, hint: str = "") -> errors.HostError:
 def ioctl(fd: int, name: str, argument: int | WritableBuffer = 0, hint: str = "") -> int:
     """Issue the ioctl of that row; `argument` is a number or a writable buffer.
 
-    Returns what the ioctl returned. Raises ConfigError for a number that is negative or over
-    64 bits, HostError with the ioctl's name, the errno and
-    the hint, and UnsupportedError where the kernel does not know the ioctl.
+    Returns what the ioctl returned. Raises ConfigError for a number that is negative or wider
+    than 64 bits, HostError with the ioctl's name, the errno and the hint, and
+    UnsupportedError where the kernel does not know the ioctl.
     """
     row = IOCTLS[name]
     if isinstance(argument, int):

@@ -100,9 +100,9 @@ class Bus:
     def __init__(self, kind: str, limit: int) -> None:
         self.kind = kind
         self.limit = limit
-        # Parallel lists: bisect on plain ints is what makes `find` fast.
-        self._bases: list[int] = []
-        self._claims: list[Claim] = []
+        # Parallel tuples: bisect on plain ints is what makes `find` fast. Both are replaced at
+        # once, so that `find` can be called while another thread attaches.
+        self._table: tuple[tuple[int, ...], tuple[Claim, ...]] = ((), ())
 
     def attach(self, base: int, size: int, device: Device, name: str | None = None) -> Claim:
         """Give the addresses `base` to `base + size - 1` to `device` and return the claim.
@@ -121,15 +121,18 @@ class Bus:
                 f"{self.kind} {claim} lies outside of the bus: "
                 f"choose addresses from 0x0 to {self.limit - 1:#x}"
             )
-        index = bisect_right(self._bases, base)
-        for other in self._claims[max(index - 1, 0) : index + 1]:
+        bases, claims = self._table
+        index = bisect_right(bases, base)
+        for other in claims[max(index - 1, 0) : index + 1]:
             if other.base < claim.end and base < other.end:
                 raise OverlapError(
                     f"{self.kind} {claim} overlaps {other}: "
                     "choose another base, or detach what is there"
                 )
-        self._bases.insert(index, base)
-        self._claims.insert(index, claim)
+        self._table = (
+            (*bases[:index], base, *bases[index:]),
+            (*claims[:index], claim, *claims[index:]),
+        )
         return claim
 
     def detach(self, claim: Claim) -> None:
@@ -138,24 +141,25 @@ class Bus:
             raise AddressError(
                 f"{self.kind} {claim} is not attached to this bus: nothing to detach"
             )
-        index = bisect_right(self._bases, claim.base) - 1
-        del self._bases[index]
-        del self._claims[index]
+        bases, claims = self._table
+        index = bisect_right(bases, claim.base) - 1
+        self._table = (bases[:index] + bases[index + 1 :], claims[:index] + claims[index + 1 :])
 
     def find(self, address: int) -> Claim | None:
         """Return the claim that holds `address`, or None."""
-        index = bisect_right(self._bases, address) - 1
+        bases, claims = self._table
+        index = bisect_right(bases, address) - 1
         if index >= 0:
-            claim = self._claims[index]
+            claim = claims[index]
             if address < claim.end:
                 return claim
         return None
 
     def __iter__(self) -> Iterator[Claim]:
-        return iter(tuple(self._claims))
+        return iter(self._table[1])
 
     def __len__(self) -> int:
-        return len(self._claims)
+        return len(self._table[1])
 
 
 class Unclaimed:

@@ -5,7 +5,10 @@ function to call, filled when an access of its kind is first seen, so that an ex
 dict lookup.
 """
 
+from collections import deque
 from collections.abc import Callable
+from operator import index
+from threading import RLock
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from kvmpy.abi import ffi, lib
@@ -13,7 +16,7 @@ from kvmpy.bus import Bus, Claim, Device, FunctionDevice, Unclaimed, ones
 from kvmpy.devices.native import Capture, Constant, Counter, NativeDevice, Sink
 from kvmpy.errors import ConfigError, DeviceError, OverlapError
 
-__all__ = ["Dispatch", "Served", "bad_answer"]
+__all__ = ["Dispatch", "Served", "add_note", "bad_answer"]
 
 MMIO_LIMIT: Final = 1 << 52
 _PORT, _MMIO, _WRITE = lib.KVMPY_PORT, lib.KVMPY_MMIO, lib.KVMPY_WRITE
@@ -51,43 +54,63 @@ class Dispatch:
         self.mmio = Bus("MMIO", MMIO_LIMIT)
         self.unclaimed = {bus: Unclaimed(bus.kind) for bus in (self.ports, self.mmio)}
         self.served: dict[int, Served] = {}
+        self.posting = RLock()
+        """Held while writes are taken out of the coalesced ring, which all vCPUs share."""
         self._on_unclaimed = on_unclaimed
-        self._rows: list[Claim | None] = [None]
-        # C reads these while a guest runs on another thread: what is replaced is kept.
-        self._kept: list[object] = []
+        self._lock = RLock()
+        # A claim keeps its row and its action for as long as it lasts, and then they rest: a
+        # guest may be running on another thread, with an access in its hands.
+        self._rows: list[Claim | None] = [None] * lib.KVMPY_MAX_ROWS
+        self._row_of: dict[Claim, int] = {}
+        self._free_rows = deque(range(1, lib.KVMPY_MAX_ROWS))
+        self._free = deque(range(1, lib.KVMPY_MAX_ROWS))
+        self._generation = 0  # of the claims; counts attachments and detachments
+        self._kept: deque[object] = deque(maxlen=16)  # ranges that C may be looking at still
         self._port_table = ffi.new("uint16_t[65536]")
         self._actions = ffi.new("struct kvmpy_action[]", lib.KVMPY_MAX_ROWS)
-        self._free = list(range(lib.KVMPY_MAX_ROWS - 1, 0, -1))
         self._native: dict[Claim, int] = {}
         self.routes: Any = ffi.new("struct kvmpy_routes *")
         """What the C loop looks at."""
         self.routes.ports = self._port_table
         self.routes.actions = self._actions
+        self._rebuild(self.mmio)
 
     def attach(self, bus: Bus, base: int, size: int, device: Device, name: str | None) -> Claim:
         """Claim addresses of a bus for a device, in C where the device is one of C's."""
-        if bus is self.mmio and len(bus) + 1 >= lib.KVMPY_MAX_ROWS:
-            raise ConfigError(f"more than {lib.KVMPY_MAX_ROWS - 1} MMIO claims")
-        if isinstance(device, NativeDevice) and device.backing is not None:
-            raise OverlapError(f"{device.name} is attached already: make another one")
-        claim = bus.attach(base, size, device, name)
-        if isinstance(device, NativeDevice):
-            self._make_action(claim, device)
-        self._rebuild(bus)
-        return claim
+        with self._lock:
+            if bus is self.mmio and not self._free_rows:
+                raise ConfigError(f"more than {lib.KVMPY_MAX_ROWS - 1} MMIO claims")
+            if isinstance(device, NativeDevice) and device.backing is not None:
+                raise OverlapError(f"{device.name} is attached already: make another one")
+            if isinstance(device, NativeDevice) and not self._free:
+                raise ConfigError(f"more than {lib.KVMPY_MAX_ROWS - 1} claims served in C")
+            claim = bus.attach(base, size, device, name)
+            if bus is self.mmio:
+                self._row_of[claim] = row = self._free_rows.popleft()
+                self._rows[row] = claim
+            if isinstance(device, NativeDevice):
+                self._make_action(claim, device)
+            self._rebuild(bus)
+            return claim
 
     def detach(self, bus: Bus, claim: Claim) -> None:
         """Take a claim back; what C collected for the device stays with the device."""
-        bus.detach(claim)
-        number = self._native.pop(claim, 0)
-        if bus is self.ports and number:
-            for port in range(claim.base, claim.end):
-                self._port_table[port] = 0
-        self._rebuild(bus)
-        if number:
-            claim.device.release()  # type: ignore[attr-defined]
-            self._actions[number].kind = lib.KVMPY_TO_PYTHON
-            self._free.append(number)
+        with self._lock:
+            bus.detach(claim)
+            number = self._native.pop(claim, 0)
+            if bus is self.ports and number:
+                for port in range(claim.base, claim.end):
+                    self._port_table[port] = 0
+            elif bus is self.mmio:
+                row = self._row_of.pop(claim)
+                self._rows[row] = None
+                self._free_rows.append(row)
+            self._rebuild(bus)
+            if number:
+                self._actions[number].kind = lib.KVMPY_TO_PYTHON
+                self._actions[number].capacity = 0  # from here on nothing fits
+                claim.device.release()  # type: ignore[attr-defined]
+                self._free.append(number)
 
     def release(self) -> None:
         """Give the devices that C serves what it holds for them, before it goes away."""
@@ -95,22 +118,21 @@ class Dispatch:
             claim.device.release()  # type: ignore[attr-defined]
 
     def _make_action(self, claim: Claim, device: NativeDevice) -> None:
-        if not self._free:
-            raise ConfigError(f"more than {lib.KVMPY_MAX_ROWS - 1} claims served in C")
-        number = self._free.pop()
+        number = self._free.popleft()
         action = self._actions + number
-        action.kind = next(kind for cls, kind in _KINDS if isinstance(device, cls))
         action.value = device.value if isinstance(device, Constant) else 0
         action.reads = action.writes = action.length = action.capacity = 0
         buffer = None
         if isinstance(device, Capture):
             buffer = ffi.new("uint8_t[]", device.capacity)
             action.buffer, action.capacity = buffer, device.capacity
+        action.kind = next(kind for cls, kind in _KINDS if isinstance(device, cls))
         self._native[claim] = number
         device.backing = _Backing(action, buffer, self._actions)
 
     def _rebuild(self, bus: Bus) -> None:
         """Bring the C loop's tables up to date with a bus."""
+        self._generation += 1
         self.served.clear()
         if bus is self.ports:
             for claim, number in self._native.items():
@@ -118,21 +140,17 @@ class Dispatch:
                     for port in range(claim.base, claim.end):
                         self._port_table[port] = number
             return
-        claims = list(bus)
-        self._rows = [None, *claims]
-        ranges = ffi.new("struct kvmpy_range[]", max(1, len(claims)))
-        for row, claim in enumerate(claims, 1):
-            fields = (claim.base, claim.end, row, self._native.get(claim, 0))
-            ranges[row - 1].start, ranges[row - 1].end = fields[:2]
-            ranges[row - 1].row, ranges[row - 1].action = fields[2:]
-        self._kept += [ranges]
-        self.routes.range_count = 0  # between the two, every MMIO access goes to Python
+        rows = [
+            (claim.base, claim.end, self._row_of[claim], self._native.get(claim, 0))
+            for claim in bus
+        ]
+        ranges = ffi.new("struct kvmpy_ranges *", (len(rows), rows))
+        self._kept.append(ranges)
         self.routes.ranges = ranges
-        self.routes.range_count = len(claims)
 
     def resolve(self, code: int) -> Served:
         """What serves the accesses of one number of the C loop's; remembered in `served`."""
-        write = bool(code & _WRITE)
+        write, generation = bool(code & _WRITE), self._generation
         offset: int | None
         if code & _PORT:
             bus, port = self.ports, code & 0xFFFF
@@ -145,7 +163,8 @@ class Dispatch:
             claim = self._rows[code & lib.KVMPY_MAX_ROWS - 1]
         function = self._function(bus, claim, write)
         served = Served(function, offset, size, ones(size), claim.name if claim else "nobody")
-        self.served[code] = served
+        if generation == self._generation:  # or else it may be out of date
+            self.served[code] = served
         return served
 
     def _function(self, bus: Bus, claim: Claim | None, write: bool) -> Callable[..., Any]:
@@ -174,15 +193,35 @@ class Dispatch:
     def write(self, bus: Bus, address: int, size: int, value: int) -> None:
         """Serve one write."""
         claim = bus.find(address)
-        self._function(bus, claim, True)(address - (claim.base if claim else 0), size, value)
+        function = self._function(bus, claim, True)
+        try:
+            function(address - (claim.base if claim else 0), size, value)
+        except Exception as error:
+            name = claim.name if claim else "nobody"
+            add_note(error, name, f"{bus.kind} {address:#x}", size, True)
+            raise
 
     def read(self, bus: Bus, address: int, size: int) -> int:
         """Serve one read; DeviceError for an answer that is no value of that size."""
         claim = bus.find(address)
-        value = self._function(bus, claim, False)(address - (claim.base if claim else 0), size)
-        if not isinstance(value, int) or not 0 <= value <= ones(size):
-            raise bad_answer(claim.name if claim else "nobody", address, size, value)
-        return value
+        name, function = claim.name if claim else "nobody", self._function(bus, claim, False)
+        try:
+            value = function(address - (claim.base if claim else 0), size)
+        except Exception as error:
+            add_note(error, name, f"{bus.kind} {address:#x}", size, False)
+            raise
+        try:
+            if 0 <= value <= ones(size):
+                return index(value)
+        except TypeError:
+            pass
+        raise bad_answer(name, address, size, value)
+
+
+def add_note(error: Exception, name: str, where: str, size: int, write: bool) -> None:
+    """Say on a device's exception what the device was serving; `where` is "port 0x10"."""
+    kind = "write" if write else "read"
+    error.add_note(f"raised by device {name}, serving a {size}-byte {kind} at {where}")
 
 
 def bad_answer(name: str, address: int, size: int, value: object) -> DeviceError:
@@ -204,6 +243,6 @@ class _Backing:
         return int(self._action.reads + self._action.writes)
 
     def take(self) -> bytes:
-        room = ffi.new("uint8_t[]", int(self._action.capacity))
+        room = ffi.new("uint8_t[]", 0 if self._buffer is None else len(self._buffer))
         count = lib.kvmpy_take(self._action, room, len(room))
         return bytes(ffi.buffer(room, count))

@@ -61,6 +61,7 @@ REASONS: Final = {
     34: "xen",
     37: "notify",
     39: "memory-fault",
+    40: "tdx",
 }
 """The KVM_EXIT reasons that x86 can give, by kvmpy's names."""
 

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from kvmpy.abi import pack
+from kvmpy.abi import IOCTLS, lib, pack
 from kvmpy.capabilities import capability_number
 from kvmpy.descriptor import Descriptor
-from kvmpy.errors import ConfigError
+from kvmpy.errors import ConfigError, HostError, UnsupportedError
 
 __all__ = ["GsiRoute", "InterruptController", "IrqchipRoute", "MsiRoute"]
 
@@ -54,13 +54,28 @@ class InterruptController(Descriptor):
     irqchip: str | None = None
     """None, "split" (local APICs in the kernel) or "full" (PIC, IOAPIC and local APICs)."""
 
+    def check_extension(self, capability: str | int) -> int:
+        """What this VM says of a capability, by name or number; 0 for absent."""
+        request = IOCTLS["CHECK_EXTENSION"].number
+        return max(0, int(lib.kvmpy_ioctl(self.fd, request, capability_number(capability))))
+
     def enable_cap(self, capability: str | int, *arguments: int) -> None:
-        """KVM_ENABLE_CAP with up to four arguments; `capability` by name or number."""
+        """KVM_ENABLE_CAP with up to four arguments; `capability` by name or number.
+
+        Raises UnsupportedError where this host lacks it, HostError for arguments it refuses.
+        """
         if len(arguments) > 4:
             raise ConfigError(f"KVM_ENABLE_CAP takes at most 4 arguments, not {len(arguments)}")
         padded = (*arguments, 0, 0, 0, 0)[:4]
         numbers = (capability_number(capability), 0, *padded)
-        self.ioctl("ENABLE_CAP", pack("ENABLE_CAP", "<II4Q64x", *numbers))
+        request = pack("ENABLE_CAP", "<II4Q64x", *numbers)
+        name = str(capability).removeprefix("KVM_CAP_")
+        try:
+            self.ioctl("ENABLE_CAP", request, f"for KVM_CAP_{name} and {arguments}")
+        except HostError:
+            if self.check_extension(capability):
+                raise
+            raise UnsupportedError(f"this host's KVM lacks KVM_CAP_{name}") from None
 
     def create_irqchip(self) -> None:
         """PIC, IOAPIC and a local APIC for each vCPU, in the kernel; before the first vCPU."""

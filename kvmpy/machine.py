@@ -3,9 +3,10 @@
 import os
 from collections.abc import Callable
 from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from kvmpy import modes
+from kvmpy.boot.image import load_image
 from kvmpy.boot.segments import Image
 from kvmpy.bus import AccessFunction, Claim, Device, FunctionDevice
 from kvmpy.console import Console
@@ -23,6 +24,7 @@ __all__ = ["Machine"]
 LOW_RAM_LIMIT: Final = 3 << 30
 EXTRA_RAM: Final = 4 << 30
 LARGEST_MEMORY: Final = 256 << 30
+_FIX_HYPERCALL_INSN: Final = 1 << 5  # KVM_X86_QUIRK_FIX_HYPERCALL_INSN
 
 _F = TypeVar("_F", bound=AccessFunction)
 _Bytes = bytes | bytearray | memoryview
@@ -88,7 +90,29 @@ class Machine(Running):
             self.kvm.close()
             raise
 
+    @classmethod
+    def from_image(
+        cls, guest: Image | str | os.PathLike[str], memory: str | int | None = None, **options: Any
+    ) -> Self:
+        """A machine with `guest` loaded, in the mode and ring that it asks for.
+
+        `guest` is an `Image`, a file, or the name of a guest that comes with kvmpy; `memory` is
+        by default what it asks for, or 16M. The other options are those of `Machine`.
+        """
+        image = guest if isinstance(guest, Image) else load_image(guest)
+        wanted = image.header.memory if image.header else None
+        machine = cls(memory or wanted or "16M", image.mode, image.ring or 0, **options)
+        try:
+            machine.load_image(image)
+        except BaseException:
+            machine.close()
+            raise
+        return machine
+
     def _build(self, low: int, extra: int, cpus: int, irqchip: str | None, huge: bool) -> None:
+        if self.vm.check_extension("DISABLE_QUIRKS2") & _FIX_HYPERCALL_INSN:
+            # A guest's memory is the guest's: KVM does not patch VMCALL and VMMCALL in it.
+            self.vm.enable_cap("DISABLE_QUIRKS2", _FIX_HYPERCALL_INSN)
         if irqchip == "full":
             self.vm.create_irqchip()
         elif irqchip == "split":

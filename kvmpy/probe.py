@@ -40,9 +40,8 @@ class Probe(NamedTuple):
 
 
 _NOPS: Final = b"\x90\x90\x90"  # nop; nop; nop
-_STORE: Final = (
-    b"\x88\x04\x25" + guests.DATA.to_bytes(4, "little") + b"\x90"
-)  # mov [guests.DATA], al; nop
+# mov [DATA], al; nop
+_STORE: Final = b"\x88\x04\x25" + guests.DATA.to_bytes(4, "little") + b"\x90"
 _ADDPS: Final = b"\x0f\x58\xc0"  # addps xmm0, xmm0
 _POPCNT: Final = b"\xb9\xff\0\0\0" + b"\xf3\x0f\xb8\xc1"  # mov ecx, 255; popcnt eax, ecx
 _INT3, _INT40, _INT80 = b"\xcc", b"\xcd\x40", b"\xcd\x80"  # int3; int 0x40; int 0x80

@@ -165,7 +165,7 @@ def native(mode: str, ring: int) -> Answer:
         return "unknown", "this KVM has no statistic insn_emulation"
     if not _ended(exit_):
         return "unknown", f"the guest ends with {exit_}"
-    emulated = f"KVM emulates about {after - before} of {2 * _LOOPS} instructions"
+    emulated = f"KVM emulates about {after - before} of {2 * _LOOPS + 2} instructions"
     return ("yes", "") if after - before < _LOOPS else ("no", emulated)
 
 
@@ -180,8 +180,8 @@ def _vendor() -> bytes:
 def hypercall() -> Answer:
     """Whether the CPU's own instruction reaches KVM, which does not know that hypercall.
 
-    VMCALL is VMX's (SDM Vol.3 31.3), VMMCALL is SVM's (APM Vol.3); KVM patches the wrong one,
-    which takes a writable code page (KVM API, 7 KVM_X86_QUIRK_FIX_HYPERCALL_INSN).
+    VMCALL is VMX's (SDM Vol.3 31.3), VMMCALL is SVM's (APM Vol.3). For an unknown number KVM
+    puts -KVM_ENOSYS into RAX (Documentation/virt/kvm/x86/hypercalls.rst).
     """
     amd = _vendor() in (b"AuthenticAMD", b"HygonGenuine")
     instruction = b"\x0f\x01\xd9" if amd else b"\x0f\x01\xc1"  # vmmcall, vmcall

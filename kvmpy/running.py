@@ -6,7 +6,7 @@ from typing import Final
 
 from kvmpy.abi import lib
 from kvmpy.dispatch import Dispatch
-from kvmpy.errors import ConfigError
+from kvmpy.errors import ConfigError, PendingExitError
 from kvmpy.exits import (
     Exit,
     FailEntry,
@@ -20,7 +20,7 @@ from kvmpy.exits import (
 from kvmpy.modes import Layout
 from kvmpy.result import Result
 from kvmpy.serve import serve, serve_one, serve_posted
-from kvmpy.vcpu import VCPU
+from kvmpy.vcpu import NO_LIMIT, VCPU, nanoseconds
 from kvmpy.vm import VM
 from kvmpy.x86.exceptions import GuestException, decode_exception
 
@@ -44,7 +44,9 @@ class Running:
 
     def __init__(self, *, strict: bool, posted: bool) -> None:
         self._strict, self._posted = strict, posted
-        self._end: tuple[str, str, int | GuestException | None] | None = None
+        # Per vCPU, since each of those that run ends with it.
+        self._ends: dict[VCPU, tuple[str, str, int | GuestException | None]] = {}
+        self._watched: set[VCPU] = set()  # those whose exit is being served for exits()
         self.seconds = 0.0
         """How long the last run took."""
 
@@ -62,20 +64,23 @@ class Running:
         raised here, and so is KeyboardInterrupt; after either, the guest can be run on.
         """
         vcpu = self._ready(cpu)
-        loop = vcpu.loop
-        before = vcpu.exit_counts()
-        loop.exits_left = _exit_limit(max_exits)
+        limit, before, drain = _exit_limit(max_exits), vcpu.exit_counts(), self._drain(vcpu)
         started = time.perf_counter()
+        loop = vcpu.begin(timeout, max_exits=limit)
         try:
-            with vcpu.entered(timeout):
-                code = serve(lib.kvmpy_run, loop, self.dispatch, self._drain(vcpu))
-        finally:
-            self.seconds = seconds = time.perf_counter() - started
-            self._drain(vcpu)()
-        if code < 0:
-            raise vcpu.run_error(-code)
-        exit_ = decode(memoryview(vcpu.run_page)) if code == lib.KVMPY_EXIT else None
-        return self._result(vcpu, _OUTCOMES.get(code, ""), exit_, seconds, before)
+            try:
+                code = serve(lib.kvmpy_run, loop, self.dispatch, drain)
+            finally:
+                lib.kvmpy_end(loop)
+                self.seconds = seconds = time.perf_counter() - started
+                drain()
+            if code < 0:
+                raise vcpu.run_error(-code)
+            exit_ = decode(memoryview(vcpu.run_page)) if code == lib.KVMPY_EXIT else None
+            return self._result(vcpu, _OUTCOMES.get(code, ""), exit_, seconds, before)
+        except BaseException:
+            lib.kvmpy_unread(loop)  # a signal handler's: the next run ends as this one would
+            raise
 
     def exits(
         self, timeout: float | None = None, max_exits: int | None = None, cpu: int = 0
@@ -88,16 +93,19 @@ class Running:
         if self._posted:
             raise ConfigError("posted_console hides exits: make the machine without it to see them")
         left = _exit_limit(max_exits)
+        nanoseconds(timeout)  # refuse a bad one
         deadline = None if timeout is None else time.monotonic() + timeout
         while left:
             rest = None if deadline is None else max(0.0, deadline - time.monotonic())
             exit_ = vcpu.run(rest)
-            serve_one(vcpu, self.dispatch, exit_)
+            self._watched.add(vcpu)
+            try:
+                serve_one(vcpu, self.dispatch, exit_)
+            finally:
+                self._watched.discard(vcpu)
             left -= 1
             yield exit_
-            if self._end is not None or isinstance(exit_, _LAST):
-                self._end = None
-                lib.kvmpy_unkick(vcpu.loop)
+            if self._ends.pop(vcpu, None) is not None or isinstance(exit_, _LAST):
                 return
 
     def stop(self) -> None:
@@ -114,26 +122,28 @@ class Running:
             raise ConfigError(f"there is no vCPU {cpu}: this machine has {len(self.cpus)}")
         if self.entry is None:
             raise ConfigError("nothing is loaded: load() a guest before running it")
-        vcpu = self.cpus[cpu]
-        vcpu.loop.exits_left = _exit_limit(None)
-        return vcpu
+        return self.cpus[cpu]
 
     def _drain(self, vcpu: VCPU) -> Callable[[], None]:
         return (lambda: serve_posted(vcpu, self.dispatch)) if self._posted else _nothing
 
     def _finish_exit(self, vcpu: VCPU) -> None:
+        vcpu.loop.raw = False
         code = serve(lib.kvmpy_finish, vcpu.loop, self.dispatch, _nothing)
+        if code == lib.KVMPY_EXIT:
+            raise PendingExitError(f"{vcpu.what} has an exit that waits to be seen: run it first")
         if code < 0:
             raise vcpu.run_error(-code)
 
     def _finish_run(
         self, outcome: str, detail: str = "", value: int | GuestException | None = None
     ) -> None:
-        """End the run under way with an outcome; devices call it."""
-        if self._end is None:
-            self._end = (outcome, detail, value)
+        """End the runs under way with an outcome; devices call it."""
         for cpu in self.cpus:
-            if cpu.loop.running:
+            running = cpu.loop.running
+            if running or cpu in self._watched:
+                self._ends.setdefault(cpu, (outcome, detail, value))
+            if running:
                 cpu.kick()
 
     def _on_unclaimed(self, what: str) -> None:
@@ -147,7 +157,7 @@ class Running:
         for cpu in self.cpus:
             registers = cpu.get_regs()
             vector = self.layout.vector_at(registers.rip)
-            if vector is not None and cpu.running_here:
+            if vector is not None and (cpu.running_here or cpu in self._watched):
                 bits = 64 if self.layout.mode == "long" else 32
                 frame = self.vm.memory.read(registers.rsp, 6 * bits // 8)
                 exception = decode_exception(vector, frame, cpu.get_sregs().cr2, bits)
@@ -158,9 +168,8 @@ class Running:
         self, vcpu: VCPU, outcome: str, exit_: Exit | None, seconds: float, before: dict[str, int]
     ) -> Result:
         detail, value = "", None
-        if outcome == "stopped" and self._end is not None:
-            outcome, detail, value = self._end
-        self._end = None
+        if outcome == "stopped" and vcpu in self._ends:
+            outcome, detail, value = self._ends[vcpu]
         if exit_ is not None:
             outcome, detail = _ending(exit_, vcpu)
         counts = {
@@ -173,7 +182,7 @@ class Running:
             # Those of the code that raised it, not of the stub that reported it.
             registers.rip, registers.rsp = value.rip, value.rsp
             registers.rflags = value.rflags
-        return Result(
+        result = Result(
             outcome=outcome,
             registers=registers,
             seconds=seconds,
@@ -184,6 +193,9 @@ class Running:
             exit=exit_,
             unclaimed=tuple(self.unclaimed()),
         )
+        if vcpu in self._ends:
+            del self._ends[vcpu]
+        return result
 
     def unclaimed(self) -> list[str]:
         """A line for each address at which accesses found no device, with their number."""
@@ -210,7 +222,7 @@ def _ending(exit_: Exit, vcpu: VCPU) -> tuple[str, str]:
 
 def _exit_limit(max_exits: int | None) -> int:
     if max_exits is None:
-        return (1 << 64) - 1
+        return NO_LIMIT
     if not 0 < max_exits < 1 << 64:
         raise ConfigError(f"max_exits={max_exits}: give 1 or more, or None for no limit")
     return max_exits

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvmpy.abi import lib
 from kvmpy.bus import Bus
-from kvmpy.dispatch import Dispatch, bad_answer
+from kvmpy.dispatch import Dispatch, add_note, bad_answer
 from kvmpy.exits import Exit, MmioRead, MmioWrite, PortIn, PortOut
 from kvmpy.vcpu import VCPU
 
@@ -25,11 +25,16 @@ def serve(
     """Serve accesses until `step`, one of C's functions, returns something else: that.
 
     `drain` is called a few times a second, and when coalesced writes wait. An exception of a
-    device's leaves with a note that says what the device was serving.
+    device's leaves with a note that says what the device was serving. Where a signal handler
+    raises (Ctrl-C) before an access has reached its device, the next call serves it.
     """
     served, resolve = dispatch.served, dispatch.resolve
     while True:
-        code = step(loop)
+        try:
+            code = step(loop)
+        except BaseException:
+            loop.awaiting = 0
+            raise
         if code >= _PORT:
             try:
                 function, offset, size, limit, name = served[code]
@@ -43,9 +48,8 @@ def serve(
                     continue
                 value = function(offset, size)
             except Exception as error:
-                kind = "write" if code & _WRITE else "read"
-                where = f"{'port' if code & _PORT else 'address'} {loop.address:#x}"
-                error.add_note(f"raised by device {name}, serving a {size}-byte {kind} at {where}")
+                where = f"{'port' if code & _PORT else 'MMIO'} {loop.address:#x}"
+                add_note(error, name, where, size, bool(code & _WRITE))
                 raise
             try:
                 if not 0 <= value <= limit:
@@ -61,8 +65,9 @@ def serve(
 
 def serve_posted(vcpu: VCPU, dispatch: Dispatch) -> None:
     """Serve the writes that piled up in the coalesced ring, in the guest's order."""
-    for port, address, size, value in vcpu.drain_ring():
-        dispatch.write(dispatch.ports if port else dispatch.mmio, address, size, value)
+    with dispatch.posting:
+        for port, address, size, value in vcpu.drain_ring():
+            dispatch.write(dispatch.ports if port else dispatch.mmio, address, size, value)
 
 
 def serve_one(vcpu: VCPU, dispatch: Dispatch, exit_: Exit) -> None:

@@ -2,10 +2,11 @@
 
 import errno
 import mmap
+import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import Any, Final
 
 from kvmpy.abi import address_of, ffi, host_error, lib
@@ -18,6 +19,7 @@ from kvmpy.exits import (
     Interrupted,
     MmioRead,
     MsrRead,
+    MsrWrite,
     PortIn,
     decode,
     exit_kind,
@@ -27,7 +29,7 @@ from kvmpy.vcpuregs import SYNC_REGS, SYNC_SREGS, VcpuRegisters
 __all__ = ["VCPU"]
 
 HEARTBEAT_NS: Final = 50_000_000
-_NO_LIMIT: Final = (1 << 64) - 1
+NO_LIMIT: Final = (1 << 64) - 1
 _RUN_ERRORS = {
     errno.ENOSPC: "the VM has no memory: add_memory() first",
     errno.EIO: "a vCPU runs only in the process that made its VM: make a new one after fork",
@@ -58,52 +60,67 @@ class VCPU(VcpuRegisters):
         self._xsave_size = xsave_size
         self.finisher: Callable[[], None] | None = None
         """Serves what finishing an exit brings up; a machine sets it."""
+        self.loop: Any = ffi.new("struct kvmpy_loop *")
+        """The C loop's view of this vCPU (csrc/loop.h)."""
+        self._process = os.getpid()
+        self._closing = threading.RLock()  # kick() touches the mapping, from any thread
         try:
             self._run = run = mmap.mmap(fd, mmap_size)
         except BaseException:
             self.close()
             raise
-        self.loop: Any = ffi.new("struct kvmpy_loop *")
-        """The C loop's view of this vCPU (csrc/loop.h)."""
         self.loop.fd = fd
         self.loop.run = ffi.cast("void *", address_of(run))
         self.loop.heartbeat_ns = HEARTBEAT_NS
-        self.loop.exits_left = _NO_LIMIT
         self._ring_offset = ring_page * mmap.PAGESIZE
         self.sync_regs = sync_regs & SYNC_REGS
 
     def close(self) -> None:
         """Unmap and close the vCPU; calling it again does nothing."""
-        self.check_stopped()
-        if self._run is not None:
-            lib.kvmpy_forget(self.loop)
-            self._run.close()
-            self._run = None
+        with self._closing:
+            run, self._run = self._run, None  # a thread that begins now finds it closed
+            try:
+                self.check_stopped()
+            except ConfigError:
+                self._run = run
+                raise
+            if run is not None:
+                lib.kvmpy_forget(self.loop)
+                with suppress(BufferError):  # a frame of a traceback's looks at it still
+                    run.close()
         super().close()
 
     def check_stopped(self) -> None:
         """Raise ConfigError while a thread runs the vCPU."""
-        if self._runner:
+        # In the child of a fork, no thread runs what another thread of the parent's ran.
+        if self.loop.running and self._process == os.getpid():
             raise ConfigError(f"{self.what} is running: stop it before closing it")
 
     # Running ------------------------------------------------------------------------------
 
-    @contextmanager
-    def entered(self, timeout: float | None = None, *, raw: bool = False) -> Iterator[Any]:
-        """Make this thread the one that runs the vCPU, for the C loop's functions."""
+    def begin(
+        self, timeout: float | None = None, *, raw: bool = False, max_exits: int = NO_LIMIT
+    ) -> Any:
+        """Make this thread the one that runs the vCPU, for the C loop's functions.
+
+        Next comes a `try` whose `finally` calls `lib.kvmpy_end(vcpu.loop)`, and not a method:
+        a signal handler may raise before the first line of whatever is written in Python.
+        """
         self.run_page  # noqa: B018 - refuse a closed one
-        timeout_ns = nanoseconds(timeout)
-        code = lib.kvmpy_begin(self.loop, timeout_ns)
-        if code < 0:
-            raise self._begin_error(-code)
-        self._runner = threading.get_ident()
-        before, self.loop.raw = self.loop.raw, raw
+        loop = self.loop
+        if loop.running:
+            raise self._begin_error(errno.EBUSY)
         try:
-            yield self.loop
-        finally:
-            self.loop.raw = before
-            self._runner = 0
-            lib.kvmpy_end(self.loop)
+            code = lib.kvmpy_begin(loop, nanoseconds(timeout))
+            if code < 0:
+                raise self._begin_error(-code)
+            self.run_page  # noqa: B018 - closed by another thread meanwhile
+            self._runner = threading.get_ident()
+        except BaseException:
+            lib.kvmpy_end(loop)
+            raise
+        loop.raw, loop.exits_left = raw, max_exits
+        return loop
 
     def _begin_error(self, code: int) -> Exception:
         if code == errno.EBUSY:
@@ -121,17 +138,27 @@ class VCPU(VcpuRegisters):
         """
         if self.loop.open and self.finisher is not None:
             self.finisher()
-        with self.entered(timeout, raw=True) as loop:
-            while True:
-                code = lib.kvmpy_run(loop)
-                if code == lib.KVMPY_EXIT:
-                    return decode(memoryview(self.run_page))
-                if code == lib.KVMPY_STOPPED:
-                    return Interrupted("stopped")
-                if code == lib.KVMPY_DEADLINE:
-                    return Interrupted("timeout")
-                if code < 0:
-                    raise self.run_error(-code)
+        loop = self.begin(timeout, raw=True)
+        try:
+            try:
+                return self._next_exit(loop)
+            finally:
+                lib.kvmpy_end(loop)
+        except BaseException:
+            lib.kvmpy_unread(loop)  # the next run returns what this one cannot
+            raise
+
+    def _next_exit(self, loop: Any) -> Exit:
+        while True:
+            code = lib.kvmpy_run(loop)
+            if code == lib.KVMPY_EXIT:
+                return decode(memoryview(self.run_page))
+            if code == lib.KVMPY_STOPPED:
+                return Interrupted("stopped")
+            if code == lib.KVMPY_DEADLINE:
+                return Interrupted("timeout")
+            if code < 0:
+                raise self.run_error(-code)
 
     def run_error(self, code: int) -> Exception:
         """The exception for an errno of KVM_RUN's, with what to do about it."""
@@ -143,8 +170,9 @@ class VCPU(VcpuRegisters):
 
     def kick(self) -> None:
         """End the run under way, or the next one, with `Interrupted`; from any thread."""
-        if self._run is not None:
-            lib.kvmpy_kick(self.loop)
+        with self._closing:
+            if self._run is not None:
+                lib.kvmpy_kick(self.loop)
 
     def reply(self, data: bytes, *, error: bool = False) -> None:
         """Answer the read that the last exit asked for: `size` times `count` bytes.
@@ -164,7 +192,8 @@ class VCPU(VcpuRegisters):
             case _:
                 at = expected = 0
         kind = exit_kind(run[OFFSET_REASON])
-        if not self.loop.incomplete or (not expected and not error):
+        refusable = error and isinstance(exit_, MsrRead | MsrWrite)
+        if not self.loop.incomplete or not (expected or refusable):
             raise PendingExitError(f"the last exit ({kind}) asks for no reply")
         if len(data) != expected:
             raise ConfigError(f"this {kind} takes a reply of {expected} bytes, not {len(data)}")
@@ -212,18 +241,20 @@ class VCPU(VcpuRegisters):
             if count
         }
 
-    def drain_ring(self) -> list[tuple[bool, int, int, int]]:
-        """Take the writes out of the VM's coalesced ring: (is a port, address, size, value)."""
+    def drain_ring(self) -> Iterator[tuple[bool, int, int, int]]:
+        """Take the writes out of the VM's coalesced ring: (is a port, address, size, value).
+
+        They leave it one by one: those that the caller does not come to stay there. All vCPUs
+        of a VM share one ring, so one thread at a time may do this.
+        """
         run, at = self.run_page, self._ring_offset
         entries = (mmap.PAGESIZE - 8) // 24
         first, last = struct.unpack_from("<II", run, at)
-        writes = []
         while first != last:
             address, size, pio, data = struct.unpack_from("<QIIQ", run, at + 8 + 24 * first)
-            writes.append((bool(pio), address, size, data & (1 << 8 * size) - 1))
             first = (first + 1) % entries
-        struct.pack_into("<I", run, at, first)
-        return writes
+            struct.pack_into("<I", run, at, first)
+            yield bool(pio), address, size, data & (1 << 8 * size) - 1
 
     def watch_ring(self) -> None:
         """Have the C loop look for coalesced writes after every exit."""

@@ -35,7 +35,7 @@ class VcpuRegisters(VcpuState):
     def __init__(self, fd: int, what: str) -> None:
         super().__init__(fd, what)
         self._run: mmap.mmap | None = None
-        self._runner = 0  # the thread that runs the vCPU
+        self._runner = 0  # the thread that runs the vCPU, or ran it last
         # How often it had been entered when an ioctl last outdated the mapping.
         self._stale = 0
         self._written_sregs = b""  # KVM fills the mapping again also when it refuses them
@@ -50,7 +50,7 @@ class VcpuRegisters(VcpuState):
     @property
     def running_here(self) -> bool:
         """Whether the calling thread is running the vCPU: true inside of a device."""
-        return self._runner == threading.get_ident()
+        return bool(self.loop.running) and self._runner == threading.get_ident()
 
     def finish(self) -> None:
         """Finish the exit at hand (see `VCPU.finish`)."""
@@ -65,7 +65,7 @@ class VcpuRegisters(VcpuState):
 
     def _check_mine(self) -> None:
         self.run_page  # noqa: B018
-        if self._runner and self._runner != threading.get_ident():
+        if self.loop.running and self._runner != threading.get_ident():
             raise ConfigError(f"{self.what} is running on another thread: stop it first")
 
     @property

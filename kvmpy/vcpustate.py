@@ -161,7 +161,9 @@ class VcpuState(Descriptor):
             packed = entries
         else:
             packed = b"".join(entry.pack() for entry in entries)
-        header = struct.pack("<II", len(packed) // 40, 0)
+        if len(packed) % CPUIDEntry.SIZE:
+            raise ConfigError(f"packed CPUID entries have 40 bytes each, not {len(packed)} in all")
+        header = struct.pack("<II", len(packed) // CPUIDEntry.SIZE, 0)
         hint = "CPUID can be set before the first run only, to what the host supports"
         self.ioctl("SET_CPUID2", bytearray(header + packed), hint)
 

@@ -4,8 +4,7 @@ import struct
 from types import TracebackType
 from typing import Final
 
-from kvmpy.abi import IOCTLS, address_of, lib, pack
-from kvmpy.capabilities import capability_number
+from kvmpy.abi import address_of, pack
 from kvmpy.errors import ConfigError, OverlapError, UnsupportedError
 from kvmpy.interrupts import InterruptController
 from kvmpy.memory import PAGE_SIZE, AddressSpace, Memory
@@ -46,11 +45,6 @@ class VM(InterruptController):
         except BaseException:
             self.close()
             raise
-
-    def check_extension(self, capability: str | int) -> int:
-        """What this VM says of a capability, by name or number; 0 for absent."""
-        request = IOCTLS["CHECK_EXTENSION"].number
-        return max(0, int(lib.kvmpy_ioctl(self.fd, request, capability_number(capability))))
 
     def set_tss_addr(self, address: int) -> None:
         """Where VMX may keep three pages for itself; set by default (KVM_SET_TSS_ADDR)."""
@@ -147,7 +141,10 @@ class VM(InterruptController):
     def clear_dirty_log(
         self, region: Memory, bitmap: bytes, first_page: int = 0, pages: int | None = None
     ) -> None:
-        """Clear the pages of `bitmap` and watch them again (needs manual protection)."""
+        """Clear the pages of `bitmap` and watch them again.
+
+        It goes with manual protection: without, `get_dirty_log` has cleared them already.
+        """
         self._check_mine(region)
         count = region.size // PAGE_SIZE - first_page if pages is None else pages
         if first_page < 0 or count < 0 or len(bitmap) * 8 < count:
@@ -155,7 +152,8 @@ class VM(InterruptController):
         data = bytearray(bitmap.ljust((count + 63) // 64 * 8, b"\0"))  # KVM reads whole words
         numbers = (region.slot, count, first_page, address_of(data))
         request = pack("CLEAR_DIRTY_LOG", "<IIQQ", *numbers)
-        self.ioctl("CLEAR_DIRTY_LOG", request, "enable manual dirty-log protection")
+        hint = "add the memory with log_dirty=True; first_page is a multiple of 64, and so is "
+        self.ioctl("CLEAR_DIRTY_LOG", request, hint + "pages, but for the last of the region")
 
     # vCPUs, clock, statistics -------------------------------------------------------------
 

@@ -123,7 +123,8 @@ class _Worker:
             self._socket.sendall(json.dumps([seconds, queries]).encode() + b"\n")
             while len(answers) < len(queries):
                 code, message, decoded = json.loads(self._line(deadline))
-                answers.append(Answer(code and bytes.fromhex(code), message, decoded))
+                data = None if code is None else bytes.fromhex(code)
+                answers.append(Answer(data, message, decoded and tuple(decoded)))
         except TimeoutError:
             raise WorkerHung(answers, len(answers)) from None
         except (OSError, EOFError):

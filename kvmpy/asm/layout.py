@@ -1,7 +1,9 @@
 """Passes over the statements until every address and every size is settled."""
 
+import contextlib
 import time
 from collections import Counter
+from typing import TypeAlias
 
 from kvmpy.asm import directives, encoding
 from kvmpy.asm.branches import BRANCHES, is_short_only
@@ -20,6 +22,9 @@ _MAX_PASSES = 60
 _MAX_CACHED = 20_000
 _GUESS = 4
 """The size of an instruction before its first encoding, in bytes."""
+
+_Waiting: TypeAlias = dict[encoding.Query, list[tuple[int, encoding.Request]]]
+"""What Keystone is to be asked, and the statements that wait for it."""
 
 _cache: dict[encoding.Query, Answer] = {}
 """Answers of Keystone, which depend on nothing but the query. Shared by all threads."""
@@ -40,7 +45,8 @@ class Layout:
         ]
         self._near: set[int] = set()
         self._failed: dict[int, AssemblyError] = {}
-        self._missing: dict[encoding.Query, int] = {}
+        self._missing: _Waiting = {}
+        self._stale: _Waiting = {}
         self.values: dict[str, Value] = {}
         self._here = origin
         self._section_start = origin
@@ -65,10 +71,12 @@ class Layout:
             sizes, values = list(self._sizes), dict(self.values)
             self._pass()
             if self._missing:
-                self._ask()
+                self._ask(self._missing)
             elif (sizes, values) == (self._sizes, self.values):
-                self._raise_first()
-                return
+                if not self._stale:
+                    self._raise_first()
+                    return
+                self._ask(self._stale)
         self._raise_first()
         self._raise_unsettled(sizes, values)
 
@@ -93,6 +101,7 @@ class Layout:
             self.values.pop(name, None)
         self._failed.clear()
         self._missing.clear()
+        self._stale.clear()
         self._here = self._section_start = self.origin
         section = 0
         for count, index in enumerate(self._order):
@@ -156,26 +165,33 @@ class Layout:
         request = encoding.make_request(instruction, self, size)
         answer = _cache.get(request.query)
         if answer is None:
-            self._missing.setdefault(request.query, index)
+            # Numbers change from pass to pass, sizes hardly ever: while other things move,
+            # an instruction that has been encoded before keeps its size and waits.
+            waiting = self._stale if self.chunks[index] else self._missing
+            waiting.setdefault(request.query, []).append((index, request))
             return None
         return encoding.finish(request, answer)
 
-    def _ask(self) -> None:
+    def _ask(self, waiting: _Waiting) -> None:
         """Have Keystone encode what the last pass missed."""
-        queries = list(self._missing)
+        queries = list(waiting)
+        first = [waiting[query][0][0] for query in queries]
         began = time.monotonic()
         try:
-            answers, seconds = encode(queries, self._left(self._missing[queries[0]]))
+            answers, seconds = encode(queries, self._left(first[0]))
         except WorkerDied as error:
-            what = (
-                "takes too long over this" if isinstance(error, WorkerHung) else "crashes on this"
-            )
-            statement = self._statements[self._missing[queries[error.index]]]
-            raise _located(AssemblyError(f"Keystone {what}"), statement) from None
+            what = "takes too long over" if isinstance(error, WorkerHung) else "crashes on"
+            statement = self._statements[first[error.index]]
+            raise _located(AssemblyError(f"Keystone {what} this"), statement) from None
+        self._deadline.extend(time.monotonic() - began - seconds)
         if len(_cache) > _MAX_CACHED:
             _cache.clear()
-        self._deadline.extend(time.monotonic() - began - seconds)
-        _cache.update(zip(queries, answers, strict=True))
+        for query, answer in zip(queries, answers, strict=True):
+            _cache[query] = answer
+            for index, request in waiting[query]:
+                with contextlib.suppress(AssemblyError):  # the next pass meets it again
+                    self.chunks[index] = encoding.finish(request, answer)
+                    self._sizes[index] = len(self.chunks[index])
 
     def _left(self, index: int) -> float:
         """The seconds that are left; raises AssemblyError when there are none."""

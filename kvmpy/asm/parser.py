@@ -156,8 +156,8 @@ def _number(text: str) -> Number:
     """A number in decimal, 0x, 0o or 0b; anything else would be read in several ways."""
     if not _NUMBER.fullmatch(text):
         raise AssemblyError(f"{text} is no number: write 10, 0x10, 0o10 or 0b10")
-    if len(text) > 66:
-        raise AssemblyError(f"{text[:20]}... does not fit 64 bits")
+    if len(text) > 66 or int(text, 0) >= 1 << 64:
+        raise AssemblyError(f"the number {text[:20]} does not fit 64 bits")
     return Number(int(text, 0))
 
 

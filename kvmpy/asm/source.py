@@ -12,8 +12,8 @@ NAME = r"[A-Za-z_.$?][\w.$?@]*"
 
 _PIECE = re.compile(
     r"""
-    "(?:\\.|[^"\\\n])*"            # a string
-    | '(?:\\[0-9A-Za-z]+|\\.|[^'\\\n])'  # a character
+    "(?:\\[^\n]|[^"\\\n])*"                  # a string
+    | '(?:\\[0-9A-Za-z]+|\\[^\n]|[^'\\\n])'  # a character
     | /\*.*?\*/ | //[^\n]* | \#[^\n]*    # comments
     | [;\n]                        # separators
     | [^"'/\#;\n]+ | .             # anything else

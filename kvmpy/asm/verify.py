@@ -71,9 +71,7 @@ def _found(bits: int, operand: Resolved, decoded: list[list[Any]], code: bytes) 
                 return -128 <= value <= 255 and code[-1] == value & 0xFF
             return any(_same_number(value, each[1], each[2] * 8) for each in numbers)
         case Place():
-            return any(
-                _same_place(bits, operand, each[1:]) for each in decoded if each[0] == "m"
-            )
+            return any(_same_place(bits, operand, each[1:]) for each in decoded if each[0] == "m")
         case str(name) if name.startswith("st"):
             return True  # Capstone leaves out the top of the x87 stack
         case _:

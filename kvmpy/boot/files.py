@@ -33,7 +33,7 @@ def read_file(path: str | os.PathLike[str], limit: int = MAXIMUM_IMAGE) -> bytes
     except (OSError, ValueError) as error:
         raise ImageError(_reason(error, name)) from None
     try:
-        with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor, not a path
+        with open(descriptor, "rb") as file:
             _check(os.fstat(descriptor), name, limit)
             data = file.read(limit + 1)
     except OSError as error:

@@ -31,17 +31,21 @@ _NESTED = (
     "in a virtual machine: have its host offer nested virtualization (kvm_intel or kvm_amd "
     "loaded with nested=1, and a virtual CPU with vmx or svm, such as QEMU's -cpu host)"
 )
+_OTHER = "stop what else uses the CPU's virtualization, such as VirtualBox or VMware"
 _HINTS: Final[Mapping[int | None, tuple[str, ...]]] = {
     errno.ENOENT: (_MODULE, _CONTAINER, _NESTED),
     errno.ENODEV: (_MODULE, _NESTED),
     errno.ENXIO: (_MODULE, _NESTED),
     errno.EACCES: (_GROUP, _CONTAINER),
     errno.EPERM: (_CONTAINER, _GROUP),
+    errno.EBUSY: (_OTHER,),
 }
 _ALL_HINTS: Final = (_MODULE, _GROUP, _CONTAINER, _NESTED)
 
-# These make a guest believe in another hypervisor or another CPU's enclaves: nobody misses them.
+# For guests that expect another hypervisor, or enclaves: other guests do not miss them.
 _NOT_MISSED: Final = ("HYPERV", "SYS_HYPERV", "XEN", "SGX")
+_STYLES: Final = {"yes": "green", "no": "red", "hangs": "red", "unknown": "yellow"}
+_UNLIMITED: Final = 10_000  # columns, where no terminal says how many there are
 
 
 @click.command()
@@ -54,7 +58,7 @@ def info(*, as_json: bool, no_probe: bool) -> int:
     what to do about that, and the exit status is 125.
     """
     found = facts(probes=not no_probe)
-    click.echo(json.dumps(found, indent=2) if as_json else _page(found), nl=as_json)
+    click.echo(json.dumps(found, indent=2) if as_json else _page(found))
     if found["available"]:
         return 0
     complain(found["reason"])
@@ -88,11 +92,11 @@ def facts(*, probes: bool = True) -> dict[str, Any]:
         with KVM(DEVICE) as kvm:
             capabilities = kvm.capabilities()
             found |= {"api_version": kvm.api_version, "capabilities": capabilities}
-        found["vcpus"] = _vcpus(capabilities)
+            found["vcpus"] = _vcpus(capabilities)
+            kvm.create_vm().close()  # it fails where another hypervisor has the CPU
         if probes:
-            findings = {one.name: one for one in probe_all()}
             found["probes"] = {
-                name: {"answer": one.answer, "detail": one.detail} for name, one in findings.items()
+                one.name: {"answer": one.answer, "detail": one.detail} for one in probe_all()
             }
         found["available"] = True
     except HostError as error:
@@ -128,3 +132,69 @@ def _cpu_model() -> str:
         return "unknown"
     line = text.partition("model name")[2].partition("\n")[0]
     return line.partition(":")[2].strip() or "unknown"
+
+
+def _page(found: Mapping[str, Any]) -> str:
+    """The facts for a reader; in colour on a terminal, and as wide as need be elsewhere."""
+    from rich.console import Console
+
+    terminal = sys.stdout.isatty()
+    console = Console(
+        file=sys.stdout,
+        force_terminal=terminal,
+        width=None if terminal else _UNLIMITED,
+        highlight=False,
+        markup=False,
+    )
+    with console.capture() as capture:
+        console.print(_table((), _host_rows(found)))
+        if found["capabilities"] is not None:
+            _print_capabilities(console, found["capabilities"])
+        if found["probes"] is not None:
+            console.print()
+            rows = ((name, one["answer"], one["detail"]) for name, one in found["probes"].items())
+            console.print(_table(("Probe", "Answer", "What was tried, and what came of it"), rows))
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _host_rows(found: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    where = "nested: this host is a guest itself" if found["nested"] else "not nested"
+    yield "Backend", f"{found['backend']}, {where}"
+    if found["api_version"] is not None:
+        yield "KVM API", f"version {found['api_version']}"
+    if found["vcpus"] is not None:
+        limits = found["vcpus"]
+        yield (
+            "vCPUs per VM",
+            f"{limits['recommended']} recommended, {limits['maximum']} at most, "
+            f"with ids below {limits['maximum_id']}",
+        )
+    for name, title in (("cpu", "CPU"), ("kernel", "Linux"), ("python", "Python")):
+        yield title, found["versions"][name]
+    yield "kvmpy", found["versions"]["kvmpy"]
+
+
+def _print_capabilities(console: Any, capabilities: Mapping[str, int]) -> None:
+    present = {name: value for name, value in capabilities.items() if value}
+    rows = ((name, str(value), ALLOWS.get(name, "")) for name, value in present.items())
+    console.print()
+    console.print(_table(("Capability", "Value", "What it allows"), rows))
+    absent = [
+        name for name in ALLOWS if not capabilities.get(name) and not name.startswith(_NOT_MISSED)
+    ]
+    console.print()
+    console.print("Absent: " + (", ".join(absent) or "none that matters"), soft_wrap=True)
+
+
+def _table(titles: Iterable[str], rows: Iterable[tuple[str, ...]]) -> Any:
+    """Columns without lines; a title row where there are titles."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    table.show_header = bool(titles)
+    for row in rows:
+        table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+    return table

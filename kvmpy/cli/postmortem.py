@@ -23,6 +23,11 @@ _HINTS: Final = {
     "exception": "look at the instruction above; `kvmpy asm` shows addresses beside the source",
 }
 
+_NOWHERE: Final = (
+    "the guest jumped to where there is no RAM: look at the last jump, call or return, and at "
+    "the stack it returns by"
+)
+
 
 def postmortem(machine: Machine, result: Result) -> None:
     """Write it to standard error."""
@@ -44,7 +49,8 @@ def postmortem(machine: Machine, result: Result) -> None:
     rip = result.registers.rip if exception is None else exception.rip
     code = result.exit.instruction if isinstance(result.exit, InternalError) else b""
     text += [f"  {line}" for line in disassemble(machine, special, rip, code)]
-    text.append(f"  try: {_HINTS[result.outcome]}")
+    hint = _NOWHERE if text[-1].endswith("no memory") else _HINTS[result.outcome]
+    text.append(f"  try: {hint}")
     try:
         sys.stderr.write("\n".join(text) + "\n")
         sys.stderr.flush()
@@ -63,7 +69,7 @@ def disassemble(
 
     code = code or _read_code(machine, special.cs.base + rip)
     if not code:
-        return [f"rip {rip:#x} leads to no memory"]
+        return [f"rip {rip:#x} is an address with no memory"]
     mode = CS_MODE_64 if special.cs.l else CS_MODE_32 if special.cs.db else CS_MODE_16
     lines = [
         f"{one.address:#x}: {one.bytes.hex(' '):<24} {one.mnemonic} {one.op_str}".rstrip()

@@ -77,18 +77,15 @@ def run(
     )
     report.mode = image.mode
     source = read_input() if input_path is None else input_file(input_path)
-    header_memory = image.header.memory if image.header else None
-    machine = Machine(
-        memory=memory or header_memory or "16M",
-        mode=image.mode,
-        ring=image.ring or 0,
+    machine = Machine.from_image(
+        image,
+        memory,
         output=write_output,
         input=source,
         strict=strict,
         posted_console=posted_console,
     )
     with machine:
-        machine.load_image(image)
         return _run(machine, report, timeout, max_exits)
 
 
