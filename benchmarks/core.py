@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kvmpy.errors import KvmpyError
-
 from benchmarks import exits, host, life, process, registers, report
 from benchmarks.stats import Row
+from kvmpy.errors import KvmpyError
 
 __all__ = ["main"]
 
@@ -26,7 +25,7 @@ class Effort:
     lives: int
 
 
-FULL = Effort(turns=25, exits=500, noops=10_000, lives=25)
+FULL = Effort(turns=7, exits=5000, noops=20_000, lives=25)
 QUICK = Effort(turns=3, exits=100, noops=1000, lives=3)
 LEAST_ROUNDS = 15
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import os
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -9,7 +10,6 @@ from typing import Any, Self
 
 from kvmpy import KVM, modes
 from kvmpy.errors import KvmpyError
-from kvmpy.machine import Machine
 from kvmpy.vm import IDENTITY_MAP_ADDRESS, TSS_ADDRESS
 
 __all__ = ["FloorError", "FloorMachine", "Guest", "load"]
@@ -27,7 +27,9 @@ class FloorError(KvmpyError):
 
 def load() -> Any:
     """The compiled module, with `ffi` and `lib`; built where the sources have changed."""
-    read = [path.read_bytes() for path in (*SOURCES, HERE / "floor.h", *sorted(CSRC.glob("*.[ch]")))]
+    read = [
+        path.read_bytes() for path in (*SOURCES, HERE / "floor.h", *sorted(CSRC.glob("*.[ch]")))
+    ]
     name = "floor_" + hashlib.sha256(b"".join(read)).hexdigest()[:12]
     if not list(BUILD.glob(f"{name}.*.so")):
         _build(name)
@@ -60,16 +62,19 @@ def _build(name: str) -> None:
 
 
 class Guest:
-    """What C needs in order to run the guest that kvmpy would: long mode, ring 0."""
+    """What C needs in order to run the guest that kvmpy would: long mode, ring 0.
 
-    def __init__(self, image: bytes, memory: int, *, sync: bool) -> None:
+    `valid` are the KVM_SYNC_X86_* sets that each exit brings along, where the host can do that.
+    """
+
+    def __init__(self, image: bytes, memory: int, *, valid: int) -> None:
         self.module = load()
         layout = modes.build("long", 0, memory)
         address = modes.DEFAULT_LOAD["long"]
         with KVM() as kvm, kvm.create_vm() as vm, vm.create_vcpu() as cpu:
             registers, special = modes.entry_state(layout, address, cpu.get_sregs())
             entries = kvm.get_supported_cpuid()
-            sync_regs = cpu.can_sync if sync else 0
+            can_sync = cpu.can_sync
         cpuid = len(entries).to_bytes(8, "little") + b"".join(entry.pack() for entry in entries)
         ffi = self.module.ffi
         blobs = {
@@ -88,8 +93,8 @@ class Guest:
             "image_size": len(image),
             "identity_map_address": IDENTITY_MAP_ADDRESS,
             "tss_address": TSS_ADDRESS,
-            "sync": sync_regs,
-            "valid": sync_regs & 1,
+            "sync": can_sync,
+            "valid": can_sync & valid,
         }
         self.c = ffi.new("struct floor_guest *", self._kept | numbers)
 
@@ -129,6 +134,4 @@ class FloorMachine:
 def check(result: int, what: str) -> None:
     """Turn -errno into an exception."""
     if result < 0:
-        import os
-
         raise FloorError(f"{what} failed: {os.strerror(-result)}")

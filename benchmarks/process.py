@@ -14,8 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import kvmpy
-
-from benchmarks.stats import Row, compare, interleave
+from benchmarks.stats import Prepared, Row, compare, interleave
 
 __all__ = ["measure_process"]
 
@@ -51,6 +50,10 @@ def _run(arguments: tuple[str, ...], environment: dict[str, str]) -> float:
     return taken
 
 
+def _prepared(arguments: tuple[str, ...], environment: dict[str, str]) -> Prepared:
+    return nullcontext(partial(_run, arguments, environment))
+
+
 def measure_process(rounds: int) -> list[Row]:
     """Import and a whole run of a guest, beside `python -c pass`."""
     with tempfile.TemporaryDirectory() as cache:
@@ -70,7 +73,7 @@ def measure_process(rounds: int) -> list[Row]:
             rounds,
             1,
             {
-                name: partial(nullcontext, partial(_run, arguments, environment))
+                name: partial(_prepared, arguments, environment)
                 for name, arguments in commands.items()
             },
         )

@@ -8,9 +8,6 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
-
-
-
 from benchmarks.exits import machine
 from benchmarks.stats import Row, Spread
 

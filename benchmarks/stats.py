@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 __all__ = ["Prepared", "Row", "Spread", "Turn", "compare", "interleave"]
 
@@ -65,7 +65,7 @@ class Row:
         return "met" if self.figure.median <= self.bound else "not met"
 
 
-class collector_off(AbstractContextManager[None]):  # noqa: N801 - used like a function
+class collector_off(AbstractContextManager[None]):
     """Collect garbage, then keep the collector from running inside, as `timeit` does."""
 
     def __enter__(self) -> None:
@@ -115,11 +115,10 @@ def compare(
     kind: str,
     unit: str,
     bound: float | None,
-    subject: list[float],
-    floor: list[float] | None = None,
-    **more: Any,
+    *samples: list[float],
 ) -> Row:
-    """The row for a subject and its floor, pair by pair."""
+    """The row for the subject's samples and, if they follow, the floor's, pair by pair."""
+    subject, floor = samples[0], samples[1] if len(samples) > 1 else None
     pairs = zip(subject, subject if floor is None else floor, strict=True)
     return Row(
         name,
@@ -131,5 +130,4 @@ def compare(
         None if floor is None else Spread.of(floor),
         len(subject),
         samples={"subject": subject} | ({} if floor is None else {"floor": floor}),
-        **more,
     )

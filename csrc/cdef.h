@@ -8,6 +8,7 @@
 #define KVMPY_HEARTBEAT ...
 #define KVMPY_POSTED ...
 #define KVMPY_COMPLETED ...
+#define KVMPY_AGAIN ...
 
 #define KVMPY_PORT ...
 #define KVMPY_MMIO ...
@@ -50,6 +51,7 @@ struct kvmpy_routes {
     uint16_t *ports;
     struct kvmpy_ranges *ranges;
     struct kvmpy_action *actions;
+    uint32_t generation;
 };
 
 struct kvmpy_loop {
@@ -72,6 +74,7 @@ struct kvmpy_loop {
     uint32_t running;
     uint32_t open;
     uint32_t awaiting;
+    int32_t handed;
     ...;
 };
 

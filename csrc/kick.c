@@ -183,10 +183,13 @@ void kvmpy_end(struct kvmpy_loop *loop)
     __atomic_store_n(&loop->running, 0, __ATOMIC_SEQ_CST);
 }
 
-/* End the run under way, or the next one, whichever thread runs it. */
+/* End the run under way, or the next one, whichever thread runs it. A kick that no run has
+ * answered yet is enough: real-time signals queue, and a thread that gets them faster than it
+ * can take them never comes to anything else. */
 void kvmpy_kick(struct kvmpy_loop *loop)
 {
-    __atomic_store_n(&loop->stop, 1, __ATOMIC_SEQ_CST);
+    if (__atomic_exchange_n(&loop->stop, 1, __ATOMIC_SEQ_CST))
+        return;
     __atomic_store_n(&((struct kvm_run *)loop->run)->immediate_exit, 1, __ATOMIC_SEQ_CST);
     int32_t thread = __atomic_load_n(&loop->thread, __ATOMIC_SEQ_CST);
     if (thread)

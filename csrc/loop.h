@@ -16,6 +16,7 @@ enum {
     KVMPY_HEARTBEAT, /* let Python run its signal handlers, then call again */
     KVMPY_POSTED,    /* coalesced writes wait in the ring: drain it, then call again */
     KVMPY_COMPLETED, /* kvmpy_finish(): no exit is pending any more */
+    KVMPY_AGAIN,     /* an access of the same number as the last one: loop.handed */
 };
 
 /* An access is one number, so that Python finds what serves it by one dict lookup:
@@ -57,6 +58,7 @@ struct kvmpy_routes {
     uint16_t *ports;              /* 65536 indices into actions; 0: Python */
     struct kvmpy_ranges *ranges;  /* MMIO; never changed, but replaced as a whole */
     struct kvmpy_action *actions; /* actions[0] is KVMPY_TO_PYTHON */
+    uint32_t generation;          /* of the claims: another one ends KVMPY_AGAIN */
 };
 
 #define KVMPY_REASONS 64
@@ -83,9 +85,11 @@ struct kvmpy_loop {
     uint32_t running;    /* between begin and end */
     uint32_t open;       /* accesses of the current exit are not all served yet */
     uint32_t awaiting;   /* Python has one of them; cleared, it is handed over again */
+    int32_t handed;      /* the last of them; Python clears it where it keeps none */
 
     /* Private to C from here on. */
     int32_t returned;  /* what kvmpy_run() returned last */
+    uint32_t handed_generation;
     uint32_t element;  /* index into a string instruction's data */
     uint32_t stop;     /* set by kvmpy_kick() */
     uint32_t beat;     /* set by the signal handler */

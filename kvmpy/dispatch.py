@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from operator import index
 from threading import RLock
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from kvmpy.abi import ffi, lib
 from kvmpy.bus import Bus, Claim, Device, FunctionDevice, Unclaimed, ones
@@ -28,21 +28,44 @@ _KINDS: Final[tuple[tuple[type[NativeDevice], int], ...]] = (
     (Counter, lib.KVMPY_COUNTER),
 )
 
+# What a machine without devices in C looks at, and never writes to. Of full size: C may read
+# one of a machine's own tables together with the other one of these.
+_NO_PORTS: Final = ffi.new("uint16_t[65536]")
+_NO_ACTIONS: Final = ffi.new("struct kvmpy_action[]", lib.KVMPY_MAX_ROWS)
+
 Stop: TypeAlias = Callable[[str], None]
 
 
-class Served(NamedTuple):
-    """How to serve one kind of access: `function(offset, size[, value])`.
+Served: TypeAlias = tuple[Callable[..., Any], int | None, int, int | None, str]
+"""How to serve one kind of access: (function, offset, size, limit, name of the device).
 
-    `offset` is None for MMIO, where it differs from access to access. `limit` is the largest
-    value that a read may give.
+It is served by `function(offset, size[, value])`. The offset is None for MMIO, where it
+differs from access to access; the limit is the largest value that a read may give, and None
+for a write. A plain tuple, since the hot path takes it apart: a named one is 5 times slower.
+"""
+
+
+class _Numbers:
+    """The numbers from `first` up to KVMPY_MAX_ROWS - 1, to be taken and given back.
+
+    False when all are taken. What was given back rests until there is no fresh one left.
     """
 
-    function: Callable[..., Any]
-    offset: int | None
-    size: int
-    limit: int
-    name: str
+    def __init__(self, first: int = 1) -> None:
+        self._fresh = first
+        self._resting: deque[int] = deque()
+
+    def __bool__(self) -> bool:
+        return self._fresh < lib.KVMPY_MAX_ROWS or bool(self._resting)
+
+    def take(self) -> int:
+        if self._fresh == lib.KVMPY_MAX_ROWS:
+            return self._resting.popleft()
+        self._fresh += 1
+        return self._fresh - 1
+
+    def give(self, number: int) -> None:
+        self._resting.append(number)
 
 
 class Dispatch:
@@ -60,14 +83,13 @@ class Dispatch:
         self._lock = RLock()
         # A claim keeps its row and its action for as long as it lasts, and then they rest: a
         # guest may be running on another thread, with an access in its hands.
-        self._rows: list[Claim | None] = [None] * lib.KVMPY_MAX_ROWS
+        self._rows: dict[int, Claim] = {}
         self._row_of: dict[Claim, int] = {}
-        self._free_rows = deque(range(1, lib.KVMPY_MAX_ROWS))
-        self._free = deque(range(1, lib.KVMPY_MAX_ROWS))
+        self._free_rows = _Numbers()
+        self._free = _Numbers()
         self._generation = 0  # of the claims; counts attachments and detachments
         self._kept: deque[object] = deque(maxlen=16)  # ranges that C may be looking at still
-        self._port_table = ffi.new("uint16_t[65536]")
-        self._actions = ffi.new("struct kvmpy_action[]", lib.KVMPY_MAX_ROWS)
+        self._port_table, self._actions = _NO_PORTS, _NO_ACTIONS
         self._native: dict[Claim, int] = {}
         self.routes: Any = ffi.new("struct kvmpy_routes *")
         """What the C loop looks at."""
@@ -86,7 +108,7 @@ class Dispatch:
                 raise ConfigError(f"more than {lib.KVMPY_MAX_ROWS - 1} claims served in C")
             claim = bus.attach(base, size, device, name)
             if bus is self.mmio:
-                self._row_of[claim] = row = self._free_rows.popleft()
+                self._row_of[claim] = row = self._free_rows.take()
                 self._rows[row] = claim
             if isinstance(device, NativeDevice):
                 self._make_action(claim, device)
@@ -103,22 +125,31 @@ class Dispatch:
                     self._port_table[port] = 0
             elif bus is self.mmio:
                 row = self._row_of.pop(claim)
-                self._rows[row] = None
-                self._free_rows.append(row)
+                del self._rows[row]
+                self._free_rows.give(row)
             self._rebuild(bus)
             if number:
                 self._actions[number].kind = lib.KVMPY_TO_PYTHON
                 self._actions[number].capacity = 0  # from here on nothing fits
                 claim.device.release()  # type: ignore[attr-defined]
-                self._free.append(number)
+                self._free.give(number)
 
     def release(self) -> None:
         """Give the devices that C serves what it holds for them, before it goes away."""
         for claim in list(self._native):
             claim.device.release()  # type: ignore[attr-defined]
 
+    def _own_tables(self) -> None:
+        """Make tables for this machine's own devices in C; most machines have none."""
+        self._port_table = ffi.new("uint16_t[65536]")
+        self._actions = ffi.new("struct kvmpy_action[]", lib.KVMPY_MAX_ROWS)
+        self.routes.actions = self._actions
+        self.routes.ports = self._port_table
+
     def _make_action(self, claim: Claim, device: NativeDevice) -> None:
-        number = self._free.popleft()
+        if self._actions is _NO_ACTIONS:
+            self._own_tables()
+        number = self._free.take()
         action = self._actions + number
         action.value = device.value if isinstance(device, Constant) else 0
         action.reads = action.writes = action.length = action.capacity = 0
@@ -134,6 +165,7 @@ class Dispatch:
         """Bring the C loop's tables up to date with a bus."""
         self._generation += 1
         self.served.clear()
+        self.routes.generation = self._generation & 0xFFFFFFFF
         if bus is self.ports:
             for claim, number in self._native.items():
                 if bus.find(claim.base) is claim:
@@ -160,9 +192,10 @@ class Dispatch:
         else:
             bus, offset = self.mmio, None
             size = code >> _SHIFT - 4 & 0xF
-            claim = self._rows[code & lib.KVMPY_MAX_ROWS - 1]
+            claim = self._rows.get(code & lib.KVMPY_MAX_ROWS - 1)
         function = self._function(bus, claim, write)
-        served = Served(function, offset, size, ones(size), claim.name if claim else "nobody")
+        name, limit = claim.name if claim else "nobody", None if write else ones(size)
+        served = (function, offset, size, limit, name)
         if generation == self._generation:  # or else it may be out of date
             self.served[code] = served
         return served

@@ -72,9 +72,10 @@ class Machine(Running):
         self.entry: int | None = None
         """Where the guest starts; the first `load` sets it."""
         self.dispatch = Dispatch(self._on_unclaimed)
+        self.devices: dict[str, Device] = {}
+        """The standard devices by name: "serial", "post" and so on."""
         if devices:
             self.devices = standard.attach(self, self._console.write, input, self._finish_run)
-            """The standard devices by name: "serial", "post" and so on."""
         if self.layout.stubs is not None:
             reporter = FunctionDevice(self._report_exception)
             self.attach_port(modes.EXCEPTION_PORT, 1, reporter, "exception reporter")
@@ -159,9 +160,9 @@ class Machine(Running):
         address: int = getattr(data, "origin", None) or 0 if at is None else at
         if at is None and not hasattr(data, "origin"):
             address = modes.DEFAULT_LOAD[self.layout.mode]
-        end = address + len(data)
-        if address < self.layout.low_ram and end > self.layout.base:
-            raise self._does_not_fit(address, len(data))
+        size = memoryview(data).nbytes
+        if address < self.layout.low_ram and address + size > self.layout.base:
+            raise self._does_not_fit(address, size)
         self.memory.write(address, data)
         if entry is not None or self.entry is None:
             self.set_entry(address if entry is None else entry)

@@ -73,13 +73,15 @@ class Running:
             finally:
                 lib.kvmpy_end(loop)
                 self.seconds = seconds = time.perf_counter() - started
-                drain()
+            drain()
             if code < 0:
                 raise vcpu.run_error(-code)
             exit_ = decode(memoryview(vcpu.run_page)) if code == lib.KVMPY_EXIT else None
             return self._result(vcpu, _OUTCOMES.get(code, ""), exit_, seconds, before)
-        except BaseException:
+        except BaseException as error:
             lib.kvmpy_unread(loop)  # a signal handler's: the next run ends as this one would
+            if isinstance(error, KeyboardInterrupt):
+                drain()
             raise
 
     def exits(
@@ -155,9 +157,11 @@ class Running:
         if value is None:
             return 0xFF
         for cpu in self.cpus:
+            if not (cpu.running_here or cpu in self._watched):
+                continue
             registers = cpu.get_regs()
             vector = self.layout.vector_at(registers.rip)
-            if vector is not None and (cpu.running_here or cpu in self._watched):
+            if vector is not None:  # otherwise the guest itself wrote to the port
                 bits = 64 if self.layout.mode == "long" else 32
                 frame = self.vm.memory.read(registers.rsp, 6 * bits // 8)
                 exception = decode_exception(vector, frame, cpu.get_sregs().cr2, bits)

@@ -7,7 +7,7 @@ lookup gives the function, and the device gets plain integers.
 from collections.abc import Callable
 from typing import Any
 
-from kvmpy.abi import lib
+from kvmpy.abi import ffi, lib
 from kvmpy.bus import Bus
 from kvmpy.dispatch import Dispatch, add_note, bad_answer
 from kvmpy.exits import Exit, MmioRead, MmioWrite, PortIn, PortOut
@@ -15,8 +15,9 @@ from kvmpy.vcpu import VCPU
 
 __all__ = ["serve", "serve_one", "serve_posted"]
 
-_PORT, _WRITE = lib.KVMPY_PORT, lib.KVMPY_WRITE
+_PORT = lib.KVMPY_PORT
 _HEARTBEAT, _POSTED = lib.KVMPY_HEARTBEAT, lib.KVMPY_POSTED
+_VALUE = ffi.offsetof("struct kvmpy_loop", "value")
 
 
 def serve(
@@ -28,39 +29,45 @@ def serve(
     device's leaves with a note that says what the device was serving. Where a signal handler
     raises (Ctrl-C) before an access has reached its device, the next call serves it.
     """
-    served, resolve = dispatch.served, dispatch.resolve
+    served, resolve, again = dispatch.served, dispatch.resolve, lib.KVMPY_AGAIN
+    loop.handed = 0  # nothing is at hand yet that KVMPY_AGAIN could mean
+    # A memoryview, since it is twice as fast as the field.
+    access = memoryview(ffi.buffer(loop))[_VALUE : _VALUE + 8].cast("Q")
     while True:
         try:
             code = step(loop)
         except BaseException:
             loop.awaiting = 0
             raise
-        if code >= _PORT:
+        if code != again:
             try:
-                function, offset, size, limit, name = served[code]
+                how = served[code]
             except KeyError:
-                function, offset, size, limit, name = resolve(code)
-            if offset is None:
-                offset = loop.offset
-            try:
-                if code & _WRITE:
-                    function(offset, size, loop.value)
+                how = None
+            if how is None:  # not in the handler: what is raised here has nothing to do with it
+                if code < _PORT:
+                    if code not in (_HEARTBEAT, _POSTED):
+                        return code
+                    drain()
                     continue
-                value = function(offset, size)
-            except Exception as error:
-                where = f"{'port' if code & _PORT else 'MMIO'} {loop.address:#x}"
-                add_note(error, name, where, size, bool(code & _WRITE))
-                raise
-            try:
-                if not 0 <= value <= limit:
-                    raise bad_answer(name, loop.address, size, value)
-                loop.value = value
-            except TypeError:
-                raise bad_answer(name, loop.address, size, value) from None
-        elif code in (_HEARTBEAT, _POSTED):
-            drain()
-        else:
-            return code
+                how = resolve(code)
+            function, offset, size, limit, name = how
+        at = loop.offset if offset is None else offset
+        try:
+            if limit is None:
+                function(at, size, access[0])
+                continue
+            value = function(at, size)
+        except Exception as error:
+            where = f"{'MMIO' if offset is None else 'port'} {loop.address:#x}"
+            add_note(error, name, where, size, limit is None)
+            raise
+        try:
+            if not 0 <= value <= limit:
+                raise bad_answer(name, loop.address, size, value)
+            access[0] = value
+        except TypeError:
+            raise bad_answer(name, loop.address, size, value) from None
 
 
 def serve_posted(vcpu: VCPU, dispatch: Dispatch) -> None:

@@ -18,9 +18,11 @@ from kvmpy.exits import (
     Exit,
     Interrupted,
     MmioRead,
+    MmioWrite,
     MsrRead,
     MsrWrite,
     PortIn,
+    PortOut,
     decode,
     exit_kind,
 )
@@ -66,8 +68,10 @@ class VCPU(VcpuRegisters):
         self._closing = threading.RLock()  # kick() touches the mapping, from any thread
         try:
             self._run = run = mmap.mmap(fd, mmap_size)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, OSError):
+                raise host_error(error.errno or 0, f"mapping {self.what}") from error
             raise
         self.loop.fd = fd
         self.loop.run = ffi.cast("void *", address_of(run))
@@ -136,6 +140,7 @@ class VCPU(VcpuRegisters):
         vCPU can be run on. A read (`PortIn`, `MmioRead`, `MsrRead`) is answered by `reply`
         before the next run, or else reads as all ones.
         """
+        self.run_page  # noqa: B018 - refuse a closed one
         if self.loop.open and self.finisher is not None:
             self.finisher()
         loop = self.begin(timeout, raw=True)
@@ -191,7 +196,7 @@ class VCPU(VcpuRegisters):
                 at, expected = OFFSET_UNION + 16, 8
             case _:
                 at = expected = 0
-        kind = exit_kind(run[OFFSET_REASON])
+        kind = exit_kind(run[OFFSET_REASON], isinstance(exit_, PortOut | MmioWrite))
         refusable = error and isinstance(exit_, MsrRead | MsrWrite)
         if not self.loop.incomplete or not (expected or refusable):
             raise PendingExitError(f"the last exit ({kind}) asks for no reply")
@@ -208,6 +213,7 @@ class VCPU(VcpuRegisters):
         again, so this comes before its state is written or kept. Where that gives another
         exit (one access split in two), it raises PendingExitError, and `run()` returns it.
         """
+        self._check_mine()
         if not self.loop.incomplete and not self.loop.open:
             return
         if self.finisher is not None:

@@ -19,6 +19,7 @@ __all__ = ["Translation", "VcpuState"]
 
 LAPIC_SIZE: Final = 1024
 _MSR = struct.Struct("<IIQ")
+_MSRS_AT_ONCE: Final = 128  # KVM takes fewer than 256 in one call
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +56,11 @@ class VcpuState(Descriptor):
         self.ioctl(name, bytearray(data))
 
     def get_fpu(self) -> FPU:
-        """x87 and SSE registers; `get_xsave` has all of them."""
+        """x87 and SSE registers, without MXCSR, which KVM leaves out; `get_xsave` has all."""
         return FPU.unpack(self._read_state("GET_FPU", FPU.SIZE))
 
     def set_fpu(self, fpu: FPU) -> None:
-        """Write x87 and SSE registers."""
+        """Write x87 and SSE registers; KVM ignores `mxcsr`."""
         self._write_state("SET_FPU", fpu.pack())
 
     def get_xsave(self) -> bytes:
@@ -114,11 +115,14 @@ class VcpuState(Descriptor):
     def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
         """The values of MSRs by index; ConfigError names one that the vCPU does not have."""
         wanted = list(indices)
-        data, done = self._msrs("GET_MSRS", [(index, 0) for index in wanted])
-        if done < len(wanted):
-            raise ConfigError(f"{self.what} has no MSR {wanted[done]:#x} to read")
-        found = (_MSR.unpack_from(data, 8 + 16 * at) for at in range(done))
-        return {index: value for index, _, value in found}
+        found: dict[int, int] = {}
+        for at in range(0, len(wanted), _MSRS_AT_ONCE):
+            part = wanted[at : at + _MSRS_AT_ONCE]
+            data, done = self._msrs("GET_MSRS", [(index, 0) for index in part])
+            if done < len(part):
+                raise ConfigError(f"{self.what} has no MSR {part[done]:#x} to read")
+            found.update((index, value) for index, _, value in _MSR.iter_unpack(data[8:]))
+        return found
 
     def set_msrs(self, values: Mapping[int, int], *, strict: bool = True) -> tuple[int, ...]:
         """Write MSRs by index, in order, and say which the vCPU refused.
@@ -131,9 +135,10 @@ class VcpuState(Descriptor):
             if not 0 <= index < 1 << 32 or not 0 <= value < 1 << 64:
                 raise ConfigError(f"MSR {index:#x} = {value:#x}: 32 bits of index, 64 of value")
         while left:
-            _, done = self._msrs("SET_MSRS", left)
+            part = left[:_MSRS_AT_ONCE]
+            _, done = self._msrs("SET_MSRS", part)
             left = left[done:]
-            if left:
+            if done < len(part):
                 index, value = left.pop(0)
                 if strict:
                     raise ConfigError(f"{self.what} refuses {value:#x} for MSR {index:#x}")

@@ -330,7 +330,7 @@ EXPECTED_EXITS = {
 def c_source() -> str:
     """A program that prints a line `key<TAB>number` for everything the tests ask for."""
     lines = [f"#include <{name}>" for name in ("linux/kvm.h", "sys/mman.h", "stddef.h", "stdio.h")]
-    lines += ["#define SHOW(key, x) printf(key \"\\t%llu\\n\", (unsigned long long)(x))"]
+    lines += ['#define SHOW(key, x) printf(key "\\t%llu\\n", (unsigned long long)(x))']
     lines += ["int main(void) {"]
     macros = [f"KVM_{name}" for name in IOCTLS] + [exit_name(n) for n in exits.REASONS.values()]
     constants = dict.fromkeys([c for _, c in CONSTANTS.values()])
@@ -521,7 +521,7 @@ def null() -> Iterator[int]:
 def test_unknown_ioctl_names_itself_and_its_capability(null: int) -> None:
     with pytest.raises(UnsupportedError, match=r"no KVM_GET_XSAVE2 \(KVM_CAP_XSAVE2\)$"):
         abi.ioctl(null, "GET_XSAVE2", bytearray(4096))
-    with pytest.raises(UnsupportedError, match="no KVM_RUN$"):
+    with pytest.raises(UnsupportedError, match=r"no KVM_RUN$"):
         abi.ioctl(null, "RUN")
 
 

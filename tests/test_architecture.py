@@ -19,6 +19,7 @@ ROOMS = (
     {"boot"},
     {"console", "dispatch", "serve", "result", "running", "machine"},
     {"probe", "probeguests"},
+    {"bench"},
     {"cli"},
     {"__main__", "__init__"},
 )
@@ -31,7 +32,7 @@ def room_of(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Each of kvmpy's own modules or packages that a file imports, as "room" or "room.module"."""
+    """Each module or package of kvmpy's that a file imports, as "room" or "room.module"."""
     package = ("kvmpy", *path.relative_to(PACKAGE).parts[:-1])
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -40,7 +41,9 @@ def imports(path: Path) -> Iterator[str]:
             base = ".".join(package[: len(package) + 1 - node.level]) if node.level else ""
             module = ".".join(part for part in (base, node.module or "") if part)
             names = (
-                [f"{module}.{alias.name}" for alias in node.names] if module == "kvmpy" else [module]
+                [f"{module}.{alias.name}" for alias in node.names]
+                if module == "kvmpy"
+                else [module]
             )
         else:
             continue

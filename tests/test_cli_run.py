@@ -122,7 +122,8 @@ def test_output_is_unbuffered(image) -> None:
 def test_ctrl_c_at_any_moment(image, delay: float) -> None:
     path = image(SPIN)
     # exec, so that no moment of Python's own start is part of it: from `import kvmpy` on.
-    script = f"print(flush=True); import kvmpy.cli as c; raise SystemExit(c.main(['run', {str(path)!r}]))"
+    call = f"raise SystemExit(cli.main(['run', {str(path)!r}]))"
+    script = f"print(flush=True); import kvmpy.cli as cli; {call}"
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -226,7 +226,13 @@ def test_the_exit_struct_alone_is_enough(union: bytes, reason: int) -> None:
 
 
 def test_exits_are_frozen_values() -> None:
-    for exit_ in (PortIn(1, 2), PortOut(1, 1, b"a"), MmioRead(1, 4), Halt(), Interrupted("stopped")):
+    for exit_ in (
+        PortIn(1, 2),
+        PortOut(1, 1, b"a"),
+        MmioRead(1, 4),
+        Halt(),
+        Interrupted("stopped"),
+    ):
         assert hash(exit_) == hash(type(exit_)(*(getattr(exit_, f.name) for f in fields(exit_))))
         with pytest.raises((FrozenInstanceError, TypeError)):
             exit_.anything = 1  # type: ignore[union-attr]

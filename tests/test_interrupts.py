@@ -187,9 +187,7 @@ def test_pit_ticks(vm: VM) -> None:
     assert is_out(cpu.run(TIMEOUT), HANDLED)
 
 
-def test_resample_fd_tells_of_the_end_of_interrupt(
-    vm: VM, pic_guest: VCPU, eventfd: int
-) -> None:
+def test_resample_fd_tells_of_the_end_of_interrupt(vm: VM, pic_guest: VCPU, eventfd: int) -> None:
     if not vm.check_extension("IRQFD_RESAMPLE"):
         pytest.skip("this host's KVM lacks KVM_CAP_IRQFD_RESAMPLE")
     trigger = os.eventfd(0)

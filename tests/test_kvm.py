@@ -178,9 +178,7 @@ def test_other_things_are_no_kvm(tmp_path: Path) -> None:
     assert "no KVM device" in str(refusal("/dev/null"))
 
 
-def test_another_api_version_is_refused(
-    kvm_host: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_api_version_is_refused(kvm_host: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvmpy.kvm.API_VERSION", 13)
     assert "its API version is 12; kvmpy speaks 13" in str(refusal("/dev/kvm"))
 

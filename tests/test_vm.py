@@ -4,7 +4,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from kvmpy import (
     Memory,
     MmioWrite,
     OverlapError,
+    PortIn,
     PortOut,
     UnsupportedError,
     modes,
 )
 from kvmpy.vm import IDENTITY_MAP_ADDRESS, TSS_ADDRESS
+from kvmpy.x86.registers import Registers
 from kvmpy.x86.segments import Segment
 from kvmpy.x86.state import ClockData
 
@@ -399,6 +401,12 @@ def test_vcpus_are_numbered_and_their_ids_are_theirs(vm: VM) -> None:
 
 def test_closed_vm_says_so(vm: VM) -> None:
     ram, cpu = vm.add_memory(0, PAGE), vm.create_vcpu()
+    ram.write(0, b"\xe4\x20")  # in al,0x20
+    special = cpu.get_sregs()
+    special.cs = Segment.real_mode(0, code=True)
+    cpu.set_sregs(special)
+    cpu.set_regs(Registers())
+    assert cpu.run(TIMEOUT) == PortIn(0x20, 1)  # and stays pending
     vm.close()
     vm.close()
     assert vm.closed and cpu.closed and len(vm.memory) == 0
@@ -413,9 +421,13 @@ def test_closed_vm_says_so(vm: VM) -> None:
     ):
         with pytest.raises(ClosedError, match="the VM is closed"):
             call()
-    for call in (cpu.run, cpu.get_regs, cpu.get_xsave, cpu.nmi, cpu.get_cpuid2, cpu.stats):
+    of_vcpu: tuple[Callable[[], object], ...] = (
+        *(cpu.run, cpu.finish, cpu.get_regs, cpu.get_sregs, cpu.get_xsave),
+        *(cpu.nmi, cpu.get_cpuid2, cpu.stats, lambda: cpu.reply(b""), lambda: cpu.sync_regs),
+    )
+    for use in of_vcpu:
         with pytest.raises(ClosedError, match="vCPU 0 is closed"):
-            call()
+            use()
     with pytest.raises(ClosedError):
         ram.read(0, 1)
     cpu.kick()  # nothing to end, and no crash
@@ -480,8 +492,12 @@ def test_nothing_is_closed_while_a_vcpu_runs(vm: VM, running: VCPU) -> None:
         with pytest.raises(ConfigError, match="vCPU 1 is running: stop it before closing it"):
             close()
     assert not vm.closed and not any(cpu.closed for cpu in vm.vcpus)
-    with pytest.raises(ConfigError, match="vCPU 1 is running on another thread"):
-        running.set_regs(vm.vcpus[0].get_regs())
+    regs = vm.vcpus[0].get_regs()
+    for call in (lambda: running.set_regs(regs), running.finish, running.get_xsave):
+        with pytest.raises(ConfigError, match="vCPU 1 is running on another thread"):
+            call()
+    with pytest.raises(ConfigError, match="vCPU 1 is already running"):
+        running.run(TIMEOUT)
 
 
 def test_running_vcpu_does_not_hide_an_exception(vm: VM, running: VCPU) -> None:

@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import TypeAlias
 
 from kvmpy.errors import ConfigError
@@ -26,11 +27,13 @@ class Layout:
         self.fields = tuple((name, code) for name, code in table if name)
         self.struct = struct.Struct("<" + "".join(code for _, code in table))
         self.size = self.struct.size
+        self._values = attrgetter(*(name for name, _ in self.fields))
         self.unpack_from = self.struct.unpack_from
 
     def values_of(self, source: object) -> tuple[int, ...]:
         """Return the attributes of `source` that have the fields' names, in their order."""
-        return tuple(getattr(source, name) for name, _ in self.fields)
+        values: tuple[int, ...] = self._values(source)
+        return values
 
     def pack(self, *values: int) -> bytes:
         """Return the structure's bytes.

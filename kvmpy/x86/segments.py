@@ -56,6 +56,7 @@ class Segment:
     """
 
     SIZE: ClassVar[int] = _SEGMENT.size
+    FIELDS: ClassVar[tuple[str, ...]] = tuple(name for name, _ in _SEGMENT.fields)
 
     base: int = 0
     limit: int = 0
