@@ -182,7 +182,10 @@ class Machine(Running):
 
         Raises AddressError for an address outside of RAM.
         """
-        self.memory.read(entry, 1)
+        try:
+            self.memory.read(entry, 1)
+        except AddressError as error:
+            raise AddressError(f"the entry {entry:#x} is no address of RAM: {error}") from None
         for cpu in self.cpus:
             registers, special = modes.entry_state(self.layout, entry, cpu.get_sregs())
             cpu.set_sregs(special)

@@ -151,6 +151,24 @@ def test_standard_output_closed_early(image, tmp_path) -> None:
     assert json.loads(report.read_text())["console"] == "x"
 
 
+def test_closed_standard_streams_are_not_taken_for_others(image, tmp_path) -> None:
+    script = f"{sys.executable} -m kvmpy run {image(say(b'x') + HLT)}"
+    done = subprocess.run(["bash", "-c", f"{script} >&-"], capture_output=True, timeout=30)
+    assert done.returncode == 125
+    assert done.stderr == b"kvmpy: standard output was closed early; the guest was stopped\n"
+    done = subprocess.run(["bash", "-c", f"{script} 2>&- <&-"], capture_output=True, timeout=30)
+    assert (done.returncode, done.stdout) == (0, b"x")
+
+
+def test_a_message_has_no_control_characters(tmp_path) -> None:
+    source = tmp_path / "garbage.S"
+    source.write_bytes(b"\x1b[2J\x07 '" + bytes(range(128, 256)) * 20)
+    done = kvmpy("asm", source)
+    assert done.returncode == 2
+    assert not any(byte < 32 and byte != 10 for byte in done.stderr)
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_posted_console_prints_the_same(image) -> None:
     text = bytes(range(33, 127)) * 5
     assert kvmpy("run", image(say(text) + HLT), "--posted-console").stdout == text

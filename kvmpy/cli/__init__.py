@@ -9,11 +9,13 @@ __all__ = ["INTERRUPTED", "main"]
 BAD_INPUT = 2
 HOST_FAILED = 125
 INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
+_LONGEST_LINE = 500
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status. Errors are one line on standard error."""
     try:
+        _fill_standard_descriptors()
         return _main(arguments)
     except KeyboardInterrupt:
         complain("interrupted")
@@ -56,6 +58,15 @@ def _main(arguments: Sequence[str] | None) -> int:
     return status if isinstance(status, int) else 0
 
 
+def _fill_standard_descriptors() -> None:
+    """Give a standard stream that is closed a descriptor: or else /dev/kvm would get its number."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_WRONLY if fd == 0 else os.O_RDONLY)  # the lowest that is free
+
+
 def _abandon_output() -> None:
     """Keep the interpreter from flushing to a closed pipe, and complaining, when it ends."""
     try:
@@ -68,8 +79,11 @@ def _abandon_output() -> None:
 
 def complain(message: str) -> None:
     """Write one line on standard error, whatever state that is in."""
+    line = " ".join(message.split("\n")).strip()
     try:
-        sys.stderr.write("kvmpy: " + " ".join(message.split("\n")).strip() + "\n")
+        # Whatever a file had in it must not reach a terminal as control characters.
+        shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+        sys.stderr.write(f"kvmpy: {shown[:_LONGEST_LINE]}\n")
         sys.stderr.flush()
     except (OSError, ValueError, AttributeError):
         pass  # closed: there is nobody to tell
