@@ -8,12 +8,18 @@ import cProfile
 import pstats
 import sys
 import timeit
+from collections.abc import Callable
+from functools import partial
+from statistics import median
 from typing import Any
 
 from benchmarks import exits, floor, host, life
+from benchmarks.bare import bare_life
+from benchmarks.stats import interleave
 from kvmpy import KVM
 from kvmpy.abi import ffi
 from kvmpy.errors import KvmpyError
+from kvmpy.vcpuregs import SYNC_REGS
 
 __all__ = ["main"]
 
@@ -23,7 +29,10 @@ _KERNEL = ("kvmpy_ioctl", "kvmpy_ioctl_buffer", "kvmpy_run", "posix.close", "mma
 # Each with what `exit_pieces` has in hand; the empty loop is taken off.
 _PIECES = (
     ("cffi call, GIL released and taken, C loop", "step(loop)"),
-    ("table lookup, taken apart", "function, offset, size, limit, name = served[code]"),
+    (
+        "table lookup, if it is not the access before again",
+        "function, offset, size, limit, name = served[code]",
+    ),
     ("value read", "access[0]"),
     ("device called", "function(0, 1, 0)"),
 )
@@ -77,6 +86,21 @@ def life_profile() -> tuple[float, list[tuple[str, float]]]:
     return kernel, sorted(python, key=lambda one: -one[1])
 
 
+def lives() -> list[tuple[str, float]]:
+    """Median microseconds of a life in C, by bare ioctls from Python, and by kvmpy's classes."""
+    with KVM() as kvm:
+        cpuid = b"".join(entry.pack() for entry in kvm.get_supported_cpuid())
+    kinds: dict[str, Callable[[], None]] = {
+        "C": floor.Guest(life.GUEST, life.MEMORY, valid=SYNC_REGS).life,
+        "bare ioctls from Python": bare_life(),
+        "KVM, VM and VCPU": partial(life.by_descriptors, cpuid),
+        "Machine": life.by_machine,
+    }
+    subjects = {name: partial(life.life_turn, live) for name, live in kinds.items()}
+    samples = interleave(9, 25, subjects)
+    return [(name, median(values)) for name, values in samples.items()]
+
+
 def main() -> int:
     """Print both."""
     try:
@@ -85,10 +109,13 @@ def main() -> int:
         pieces = exit_pieces()
         for name, taken in [*pieces, ("sum", sum(taken for _, taken in pieces))]:
             print(f"  {taken:7.1f}  {name}")
-        kernel, python = life_profile()
+        compared, (kernel, python) = lives(), life_profile()
     except KvmpyError as error:
         print(f"benchmarks.breakdown: {error}", file=sys.stderr)
         return 1
+    print("\nA life, in us:")
+    for name, taken in compared:
+        print(f"  {taken:7.1f}  {name}")
     print("\nA life of KVM, VM and VCPU, in us, as cProfile sees it:")
     print(f"  {kernel:7.1f}  ioctl, mmap, open, close")
     print(f"  {sum(taken for _, taken in python):7.1f}  Python, of which")

@@ -19,7 +19,7 @@ def _processor() -> str:
     return text.partition("model name")[2].partition("\n")[0].strip("\t :") or "unknown processor"
 
 
-def describe() -> dict[str, str | bool | int]:
+def describe() -> dict[str, str | bool | int | float]:
     """Return the host's description, for the title and for the JSON file."""
     return {
         "backend": backend(),
@@ -29,13 +29,15 @@ def describe() -> dict[str, str | bool | int]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "implementation": sys.implementation.name,
+        "load": round(os.getloadavg()[0], 2),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
-def title(host: dict[str, str | bool | int]) -> str:
+def title(host: dict[str, str | bool | int | float]) -> str:
     """Return the line above the table."""
     return (
         f"{host['backend']}, {'nested' if host['nested'] else 'not nested'}, {host['processor']}, "
-        f"{host['cpus']} CPUs, Linux {host['kernel']}, Python {host['python']}, {host['date']}"
+        f"{host['cpus']} CPUs, Linux {host['kernel']}, Python {host['python']}, "
+        f"load {host['load']}, {host['date']}"
     )

@@ -10,7 +10,7 @@ from benchmarks.stats import Prepared, Row, compare, interleave
 from kvmpy import KVM, Machine, modes
 from kvmpy.vcpuregs import SYNC_REGS
 
-__all__ = ["measure_life"]
+__all__ = ["by_descriptors", "life_turn", "measure_life"]
 
 MEMORY = 4 << 20
 GUEST = b"\xf4"
@@ -40,7 +40,7 @@ def by_descriptors(cpuid: bytes) -> None:
         cpu.run()
 
 
-def _turn(live: Callable[[], None]) -> Prepared:
+def life_turn(live: Callable[[], None]) -> Prepared:
     """A turn that gives the microseconds of one life."""
 
     def timed() -> float:
@@ -61,7 +61,7 @@ def measure_life(rounds: int, turns: int) -> list[Row]:
         "machine": by_machine,
         "descriptors": lambda: by_descriptors(cpuid),
     }
-    subjects = {name: partial(_turn, live) for name, live in kinds.items()}
+    subjects = {name: partial(life_turn, live) for name, live in kinds.items()}
     interleave(1, 2, subjects)  # what is made once per process is made now
     samples = interleave(rounds, turns, subjects)
     floor = samples["floor"]

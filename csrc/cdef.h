@@ -63,6 +63,11 @@ struct kvmpy_loop {
     uint64_t heartbeat_ns;
     uint32_t raw;
 
+    uint64_t *samples;
+    uint64_t sample_room;
+    uint64_t sample_count;
+    uint64_t sample_dropped;
+
     uint64_t value;
     uint64_t offset;
     uint64_t address;
@@ -86,6 +91,7 @@ int kvmpy_finish(struct kvmpy_loop *loop);
 void kvmpy_kick(struct kvmpy_loop *loop);
 int kvmpy_unkick(struct kvmpy_loop *loop);
 void kvmpy_forget(struct kvmpy_loop *loop);
+uint64_t kvmpy_clock_cost(uint32_t pairs);
 uint64_t kvmpy_take(struct kvmpy_action *action, uint8_t *into, uint64_t limit);
 
 int kvmpy_ioctl(int fd, unsigned long request, uintptr_t argument);

@@ -72,6 +72,11 @@ struct kvmpy_loop {
     uint64_t heartbeat_ns;
     uint32_t raw; /* hand port and MMIO exits over whole, unserved */
 
+    uint64_t *samples; /* pairs of CLOCK_MONOTONIC ns, at entry and exit; NULL: no sampling */
+    uint64_t sample_room;
+    uint64_t sample_count;
+    uint64_t sample_dropped; /* exits that found no room */
+
     uint64_t value;   /* of the access handed to Python: written, or to be read */
     uint64_t offset;  /* MMIO: bytes from the start of the range */
     uint64_t address; /* guest-physical address, or port */
@@ -112,6 +117,7 @@ void kvmpy_kick(struct kvmpy_loop *loop);
 int kvmpy_unkick(struct kvmpy_loop *loop);
 void kvmpy_forget(struct kvmpy_loop *loop);
 int kvmpy_interrupted(struct kvmpy_loop *loop);
+uint64_t kvmpy_clock_cost(uint32_t pairs);
 uint64_t kvmpy_take(struct kvmpy_action *action, uint8_t *into, uint64_t limit);
 
 int kvmpy_ioctl(int fd, unsigned long request, uintptr_t argument);

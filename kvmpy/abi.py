@@ -110,6 +110,7 @@ _ROWS = (
     _row("SET_XSAVE", _WRITE, 0xA5, 4096, "XSAVE"),
     _row("GET_XCRS", _READ, 0xA6, 392, "XCRS"),
     _row("SET_XCRS", _WRITE, 0xA7, 392, "XCRS"),
+    _row("GET_TSC_KHZ", _NONE, 0xA3, 0, "GET_TSC_KHZ"),
     _row("GET_XSAVE2", _READ, 0xCF, 4096, "XSAVE2"),
 )
 

@@ -217,6 +217,10 @@ class VcpuState(Descriptor):
         self._settle()
         self.ioctl("NMI")
 
+    def get_tsc_khz(self) -> int:
+        """The guest's TSC frequency in kHz (KVM_GET_TSC_KHZ)."""
+        return self.ioctl("GET_TSC_KHZ")
+
     def stats(self) -> Stats:
         """The vCPU's statistics descriptor; the caller closes it."""
         return Stats(self.fd, self.what)

@@ -13,6 +13,7 @@ __all__ = ["cli"]
 VERBS: Final[Mapping[str, tuple[str, str]]] = {
     "run": ("kvmpy.cli.run", "Run a guest; its console is standard output."),
     "guests": ("kvmpy.cli.guests", "List the guests that come with kvmpy."),
+    "bench": ("kvmpy.cli.bench", "Measure what exits cost, with percentiles."),
     "asm": ("kvmpy.cli.asm", "Assemble a source: addresses and bytes beside the text."),
     "info": ("kvmpy.cli.info", "Say what this host's KVM is and what it can do."),
 }

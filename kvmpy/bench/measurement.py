@@ -1,0 +1,130 @@
+"""One case, measured: its batches, their statistics, and how they look."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from html import escape
+from typing import Any, Final
+
+import numpy as np
+
+from kvmpy.bench.model import Batch, Case, Floats
+from kvmpy.bench.stats import QUANTILES, bootstrap_median, mad, relative_spread
+
+__all__ = ["Measurement"]
+
+DISAGREEMENT: Final = 0.10
+FEW_SAMPLES: Final = 1000
+
+
+class Measurement:
+    """A case and its batches; or the `status` and the `reason` why there are none."""
+
+    def __init__(
+        self,
+        case: Case,
+        batches: Sequence[Batch] = (),
+        status: str = "measured",
+        reason: str = "",
+        tsc_hz: float | None = None,
+    ) -> None:
+        self.case, self.batches = case, list(batches)
+        self.status, self.reason = status, reason
+        self.tsc_hz = tsc_hz
+
+    @cached_property
+    def samples(self) -> Floats:
+        """All samples, in ns, batch after batch."""
+        if not self.batches:
+            return np.zeros(0)
+        return np.concatenate([batch.samples for batch in self.batches])
+
+    def quantile(self, p: float) -> float:
+        """The quantile `p` (0 to 1) of all samples, in ns."""
+        return float(np.quantile(self.samples, p))
+
+    @property
+    def median(self) -> float:
+        """The median of all samples, in ns."""
+        return self.quantile(0.5)
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """A bootstrap interval of the median, in ns (see `stats.bootstrap_median`)."""
+        return bootstrap_median([batch.samples for batch in self.batches], confidence)
+
+    @property
+    def spread(self) -> float:
+        """How far apart the batches' medians lie, relative to the middle one."""
+        return relative_spread([float(np.median(batch.samples)) for batch in self.batches])
+
+    def overhead(self, name: str) -> float | None:
+        """The median over the batches of a cost of measuring: "clock" or "loop", in ns."""
+        values = [batch.overhead[name] for batch in self.batches if name in batch.overhead]
+        return float(np.median(values)) if values else None
+
+    def interference(self) -> dict[str, int]:
+        """What disturbed the batches, added up."""
+        names = {name for batch in self.batches for name in batch.interference}
+        return {
+            name: sum(batch.interference.get(name, 0) for batch in self.batches)
+            for name in sorted(names)
+        }
+
+    @property
+    def flags(self) -> list[str]:
+        """What to beware of, in words."""
+        words = []
+        if len(self.batches) > 1 and self.spread > DISAGREEMENT:
+            words.append(f"runs disagree by {self.spread:.0%}")
+        if self.batches and len(self.samples) < FEW_SAMPLES:
+            words.append("few samples")
+        stolen = self.interference().get("steal_ticks", 0)
+        if stolen:
+            words.append(f"{stolen} ticks stolen by the host")
+        return words
+
+    def summary(self) -> dict[str, Any]:
+        """The statistics by name; times in ns, and the median in TSC cycles as well."""
+        if not self.batches:
+            return {}
+        low, high = self.interval()
+        quantiles = {f"p{100 * p:g}": self.quantile(p) for p in QUANTILES}
+        cycles = None if self.tsc_hz is None else quantiles["p50"] * self.tsc_hz / 1e9
+        return {
+            "count": len(self.samples),
+            "min": float(self.samples.min()),
+            **quantiles,
+            "max": float(self.samples.max()),
+            "mad": mad(self.samples),
+            "interval": [low, high],
+            "cycles": cycles,
+            "spread": self.spread,
+            "clock": self.overhead("clock"),
+            "loop": self.overhead("loop"),
+        }
+
+    def __str__(self) -> str:
+        if not self.batches:
+            return f"{self.case}: {self.status}: {self.reason}"
+        low, high = self.interval()
+        return (
+            f"{self.case}: median {self.median:,.0f} ns [{low:,.0f}, {high:,.0f}], "
+            f"p99 {self.quantile(0.99):,.0f} ns, {len(self.samples)} samples"
+        )
+
+    def __rich__(self) -> str:
+        return str(self).replace("[", r"\[")
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th>{escape(name)}</th><td>{escape(_shown(value))}</td></tr>"
+            for name, value in self.summary().items()
+        )
+        return f"<table><caption>{escape(str(self))}</caption>{rows}</table>"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.2f}"
+    if isinstance(value, list):
+        return " to ".join(_shown(item) for item in value)
+    return str(value)

@@ -1,0 +1,46 @@
+"""The table in the terminal."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvmpy.bench.measurement import Measurement
+
+__all__ = ["table"]
+
+
+def table(measurements: Sequence[Measurement], environment: dict[str, Any]) -> Any:
+    """A rich table: median with its interval, p99, cycles, and what measuring costs."""
+    from rich.table import Table
+
+    nested = ", nested" if environment["nested"] else ""
+    versions = environment["versions"]
+    made = Table(
+        title=f"Exit latencies under {environment['backend']}{nested}: {environment['cpu']}, "
+        f"Linux {environment['kernel']}, kvmpy {versions['kvmpy']}, {environment['date']}",
+        caption="ns; median with its 95% interval; clock and loop are part of each, not taken off",
+    )
+    for name in ("operation", "level", "mode"):
+        made.add_column(name, no_wrap=True)
+    for name in ("median", "interval", "p99", "p99.9", "cycles", "clock", "loop", "samples"):
+        made.add_column(name, justify="right", no_wrap=True)
+    made.add_column("notes")
+    for one in measurements:
+        case = (one.case.operation, one.case.level, one.case.mode)
+        summary = one.summary()
+        if not summary:
+            made.add_row(*case, *[""] * 8, f"{one.status}: {one.reason}")
+            continue
+        low, high = summary["interval"]
+        numbers = (summary[name] for name in ("p99", "p99.9", "cycles", "clock", "loop", "count"))
+        made.add_row(
+            *case,
+            _number(summary["p50"]),
+            f"{_number(low)} .. {_number(high)}",
+            *map(_number, numbers),
+            "; ".join(one.flags),
+        )
+    return made
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"

@@ -1,0 +1,119 @@
+"""Results as documents: JSON of a documented version, and CSV.
+
+The JSON is described by schema.json beside this file (JSON Schema, draft 2020-12).
+"""
+
+import csv
+import io
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from kvmpy.bench.measurement import Measurement
+from kvmpy.errors import ConfigError
+
+__all__ = ["SCHEMA", "VERSION", "document", "load", "save", "to_csv"]
+
+NAME: Final = "kvmpy-bench"
+VERSION: Final = 1
+SCHEMA: Final = Path(__file__).with_name("schema.json")
+_COLUMNS: Final = (
+    *("count", "min", "p50", "p90", "p99", "p99.9", "max", "mad", "cycles", "spread"),
+    *("clock", "loop"),
+)
+
+
+def document(
+    measurements: Sequence[Measurement],
+    environment: dict[str, Any],
+    command: Sequence[str],
+    *,
+    raw: bool = False,
+) -> dict[str, Any]:
+    """The JSON document of a run; with `raw`, every sample and clock reading is in it."""
+    return {
+        "schema": NAME,
+        "version": VERSION,
+        "command": list(command),
+        "environment": environment,
+        "measurements": [_measurement(one, raw) for one in measurements],
+    }
+
+
+def _measurement(one: Measurement, raw: bool) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "operation": one.case.operation,
+        "level": one.case.level,
+        "mode": one.case.mode,
+        "status": one.status,
+        "reason": one.reason,
+        "flags": one.flags,
+        "summary": one.summary(),
+        "batches": [],
+    }
+    for batch in one.batches:
+        row: dict[str, Any] = {
+            "count": len(batch.samples),
+            "median": float(Measurement(one.case, [batch]).median),
+            "overhead": dict(batch.overhead),
+            "proof": dict(batch.proof),
+            "interference": dict(batch.interference),
+        }
+        if raw:
+            row["samples"] = batch.samples.tolist()
+            row["host"] = batch.host.tolist()
+        facts["batches"].append(row)
+    return facts
+
+
+def save(path: Path, text: str) -> None:
+    """Write a file whole or not at all; ConfigError where it cannot be written."""
+    name = None
+    try:
+        if path.exists() and not path.is_file():
+            path.write_text(text)  # a device or a pipe: there is nothing to replace
+            return
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            name = file.name
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        if name is not None and os.path.exists(name):
+            os.unlink(name)
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a document; ConfigError for what is none, is cut short, or of another version."""
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise ConfigError(f"{path}: not JSON, or cut short") from None
+    if not isinstance(data, dict) or data.get("schema") != NAME:
+        raise ConfigError(f"{path}: not a result of kvmpy bench")
+    if data.get("version") != VERSION:
+        raise ConfigError(f"{path}: of version {data.get('version')}; this is {VERSION}")
+    if not isinstance(data.get("measurements"), list) or "environment" not in data:
+        raise ConfigError(f"{path}: has no measurements, or no environment")
+    return data
+
+
+def to_csv(measurements: Sequence[Measurement]) -> str:
+    """One line for each case; times in ns."""
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerow(("operation", "level", "mode", "status", "reason", *_COLUMNS, "low", "high"))
+    for one in measurements:
+        summary = one.summary()
+        low, high = summary.get("interval", ("", ""))
+        values = (summary.get(name, "") for name in _COLUMNS)
+        case = one.case
+        first = (case.operation, case.level, case.mode, one.status, one.reason)
+        writer.writerow((*first, *values, low, high))
+    return file.getvalue()

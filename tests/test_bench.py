@@ -1,0 +1,355 @@
+"""`kvmpy bench`: sampling, batches in fresh processes, documents, the command."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+
+from kvmpy import ConfigError, Machine
+from kvmpy import bench as kvmpy_bench
+from kvmpy.abi import ffi, lib
+from kvmpy.bench import Batch, Case, Conditions, Measurement, cases, environment, measure
+from kvmpy.bench.catalogue import OPERATIONS
+from kvmpy.bench.model import Unmeasured
+from kvmpy.bench.results import SCHEMA, document, load, save, to_csv
+from kvmpy.bench.runner import measure_cases
+from kvmpy.bench.worker import pack, unpack
+from kvmpy.devices import Sink
+
+ROOT = Path(__file__).parent.parent
+SPIN = b"\xeb\xfe"
+OUTS = b"\xe6\x10\xeb\xfc"  # again: out 0x10, al; jmp again
+FEW = Conditions(count=50, warmup=5, deadline=10)
+CASES = [
+    Case(row.name, level, mode)
+    for row in OPERATIONS.values()
+    for level in row.levels
+    for mode in row.modes
+]
+
+
+def fake(medians: tuple[float, ...] = (8000.0, 8100.0), count: int = 400) -> Measurement:
+    random = np.random.default_rng(3)
+    made = [
+        Batch(
+            Case("pio-out", "c", "long"),
+            random.normal(median, 100, count),
+            overhead={"clock": 50.0, "loop": 600.0},
+            proof={"claimed": count},
+            interference={"steal_ticks": 0, "page_faults": 2},
+        )
+        for median in medians
+    ]
+    return Measurement(made[0].case, made, tsc_hz=2.5e9)
+
+
+# The sampler --------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("kvm_host")
+def test_the_sampler_keeps_each_exit_and_counts_what_finds_no_room() -> None:
+    with Machine("1M") as machine:
+        machine.attach_port(0x10, 1, Sink())
+        machine.load(OUTS)
+        loop = machine.cpus[0].loop
+        pairs = np.zeros((100, 2), np.uint64)
+        with ffi.from_buffer("uint64_t[]", pairs, require_writable=True) as room:
+            loop.samples, loop.sample_room = room, 60
+            before = time.monotonic_ns()
+            machine.run(max_exits=90, timeout=10)
+            after = time.monotonic_ns()
+            loop.samples = ffi.NULL
+            machine.run(max_exits=10, timeout=10)  # not sampled any more
+        assert (loop.sample_count, loop.sample_dropped) == (60, 30)
+    taken = pairs[:60].reshape(-1)
+    assert before <= taken[0]
+    assert taken[-1] <= after
+    assert np.all(np.diff(taken.astype(np.int64)) >= 0)
+    assert not pairs[60:].any()
+
+
+@pytest.mark.usefixtures("kvm_host")
+def test_an_entry_that_a_signal_ends_is_no_sample() -> None:
+    with Machine("1M") as machine:
+        machine.load(SPIN)
+        loop = machine.cpus[0].loop
+        loop.heartbeat_ns = 5_000_000
+        pairs = np.zeros((10, 2), np.uint64)
+        with ffi.from_buffer("uint64_t[]", pairs, require_writable=True) as room:
+            loop.samples, loop.sample_room = room, 10
+            assert machine.run(timeout=0.05).outcome == "timeout"
+            loop.samples = ffi.NULL
+        assert (loop.sample_count, loop.sample_dropped) == (0, 0)
+        assert loop.entries > 2
+
+
+def test_the_cost_of_the_clock_grows_with_its_readings() -> None:
+    assert lib.kvmpy_clock_cost(0) < lib.kvmpy_clock_cost(100_000)
+
+
+# Operations ---------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("kvm_host")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_each_case_gives_as_many_samples_as_asked_or_a_reason(case: Case) -> None:
+    try:
+        batch = OPERATIONS[case.operation].measure(case, FEW)
+    except Unmeasured as error:
+        assert error.status in ("not available here", "does not exit here", "hangs here")
+        assert error.reason
+        return
+    blocks = batch.proof["per_sample"]
+    assert len(batch.samples) == (FEW.count if blocks == 1 else -(-FEW.count // 8))
+    assert batch.proof["claimed"] == batch.proof["counted"] >= len(batch.samples) * blocks
+    assert (batch.samples > 0).all()
+    assert (batch.host[:, 1] >= batch.host[:, 0]).all()
+    assert batch.overhead["clock"] > 0
+    assert batch.overhead["loop"] > 0
+
+
+@pytest.mark.usefixtures("kvm_host")
+def test_every_exit_of_a_device_in_python_reached_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("kvmpy.bench.exits._answer", lambda offset, size, value: seen.append(size))
+    OPERATIONS["pio-out-2"].measure(Case("pio-out-2", "python", "long"), FEW)
+    assert seen == [2] * (FEW.count + FEW.warmup)
+
+
+def test_cases_are_chosen_by_name_level_and_mode() -> None:
+    assert cases(["pio-out"], ["c"], ["long"]) == [Case("pio-out", "c", "long")]
+    assert cases() == CASES
+    for wrong, named in (
+        ((["pio-oot"],), "pio-out"),
+        (((), ["d"]), "kernel"),
+        (((), (), ["virtual8086"]), "ring3"),
+        ((["halt"], ["python"]), "level"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            cases(*wrong)
+
+
+# Processes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("kvm_host")
+def test_measure_takes_batches_in_processes_of_their_own() -> None:
+    one = measure("pio-out", level="c", samples=300, batches=3)
+    assert [len(batch.samples) for batch in one.batches] == [100, 100, 100]
+    assert len({int(batch.host[0, 0]) for batch in one.batches}) == 3
+    assert one.quantile(0) <= one.median <= one.quantile(0.99) <= one.samples.max()
+    low, high = one.interval()
+    assert low <= high
+    assert {"involuntary_switches", "page_faults", "steal_ticks"} <= set(one.interference())
+    absent = measure("halt", level="c", mode="ring3", samples=10, batches=1)
+    assert absent.status == "not available here"
+    assert "ring 0" in str(absent)
+
+
+def test_bad_numbers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="0 samples"):
+        measure_cases([CASES[0]], 0, 1)
+    with pytest.raises(ConfigError, match="3 samples in 5 batches"):
+        measure("pio-out", samples=3)
+
+
+def test_batches_are_taken_in_random_order_and_ctrl_c_keeps_what_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[Case] = []
+
+    def batch(case: Case, samples: int, cpu: int | None) -> Batch:
+        if len(taken) == 5:
+            raise KeyboardInterrupt
+        taken.append(case)
+        return Batch(case, np.arange(1.0, samples + 1))
+
+    monkeypatch.setattr("kvmpy.bench.runner._batch", batch)
+    measured = measure_cases(CASES[:4], 10, 3, seed=1)
+    assert len(taken) == 5
+    assert sum(len(one.batches) for one in measured) == 5
+    taken.clear()
+    monkeypatch.setattr("kvmpy.bench.runner._batch", lambda case, *_: taken.append(case) or batch)
+    measure_cases(CASES[:4], 10, 3, seed=2)
+    assert taken != sorted(taken)
+    assert sorted(taken) == sorted(CASES[:4] * 3)
+
+
+def test_a_batch_survives_the_way_between_processes() -> None:
+    (before, _) = fake().batches
+    before.host = np.arange(10, dtype=np.uint64).reshape(5, 2)
+    after = unpack(before.case, pack(before))
+    assert np.array_equal(after.samples, before.samples)
+    assert np.array_equal(after.host, before.host)
+    assert (after.overhead, after.proof) == (before.overhead, before.proof)
+
+
+# Statistics ---------------------------------------------------------------------------------
+
+
+def test_the_interval_covers_the_median_as_often_as_it_says() -> None:
+    random = np.random.default_rng(11)
+    covered = 0
+    for _ in range(60):
+        batches = [
+            Batch(Case("x"), 8000 + random.normal(0, 40) + random.normal(0, 300, 200))
+            for _ in range(8)
+        ]
+        low, high = Measurement(Case("x"), batches).interval()
+        covered += low <= 8000 <= high
+    assert covered >= 48  # 95 % of 60 is 57; eight batches give a little less
+
+
+def test_disagreeing_runs_and_few_samples_are_flagged() -> None:
+    assert fake((8000, 8100), 600).flags == []
+    assert fake((8000, 9500), 600).flags == [
+        f"runs disagree by {fake((8000, 9500), 600).spread:.0%}"
+    ]
+    assert "few samples" in fake(count=10).flags
+
+
+def test_the_summary_is_right() -> None:
+    samples = np.arange(1.0, 1001.0)
+    summary = Measurement(Case("x"), [Batch(Case("x"), samples)], tsc_hz=2e9).summary()
+    assert (summary["min"], summary["max"], summary["count"]) == (1, 1000, 1000)
+    assert summary["p50"] == 500.5
+    assert summary["p99"] == pytest.approx(990.01)
+    assert summary["mad"] == 250
+    assert summary["cycles"] == 1001
+    assert Measurement(Case("x"), (), "hangs here", "no end").summary() == {}
+
+
+def test_a_notebook_sees_no_markup_of_others() -> None:
+    one = Measurement(Case("<b>"), fake().batches)
+    assert "<b>" not in one._repr_html_()
+    assert "&lt;b&gt;" in one._repr_html_()
+
+
+# Documents ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.usefixtures("kvm_host")
+def test_the_document_is_what_its_schema_says(raw: bool, tmp_path: Path) -> None:
+    schema = json.loads(SCHEMA.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    absent = Measurement(Case("halt", "c", "ring3"), (), "not available here", "HLT is for ring 0")
+    made = document([fake(), absent], environment(), ["kvmpy", "bench"], raw=raw)
+    save(tmp_path / "a.json", json.dumps(made))
+    found = load(tmp_path / "a.json")
+    jsonschema.validate(found, schema)
+    assert ("samples" in found["measurements"][0]["batches"][0]) is raw
+    del found["measurements"][0]["summary"]["p99"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(found, schema)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "cut short"),
+        ("[]", "not a result"),
+        ('{"schema": "other"}', "not a result"),
+        ('{"schema": "kvmpy-bench", "version": 2}', "version 2"),
+        ('{"schema": "kvmpy-bench", "version": 1}', "no measurements"),
+    ],
+)
+def test_what_is_no_document_is_refused(text: str, named: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=named) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    save(tmp_path / "a", "one")
+    save(tmp_path / "a", "two")
+    assert (tmp_path / "a").read_text() == "two"
+    with pytest.raises(ConfigError, match="cannot write"):
+        save(tmp_path / "none" / "a", "three")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_csv_has_a_line_for_each_case() -> None:
+    absent = Measurement(Case("halt", "c", "ring3"), (), "not available here", "because")
+    rows = list(csv.DictReader(io.StringIO(to_csv([fake(), absent]))))
+    assert [row["operation"] for row in rows] == ["pio-out", "halt"]
+    assert float(rows[0]["p50"]) == pytest.approx(fake().median)
+    assert rows[1]["p50"] == ""
+
+
+# The command --------------------------------------------------------------------------------
+
+
+def run(*arguments: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kvmpy", "bench", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+
+
+@pytest.mark.usefixtures("kvm_host")
+def test_the_command_prints_a_table_and_writes_files(tmp_path: Path) -> None:
+    result, lines = tmp_path / "a.json", tmp_path / "a.csv"
+    arguments = ("pio-out", "halt", "--quick", "--samples", 60, "--json", result, "--csv", lines)
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    found = load(result)
+    jsonschema.validate(found, json.loads(SCHEMA.read_text()))
+    assert found["environment"]["backend"] in done.stdout
+    kinds = {(one["operation"], one["level"]) for one in found["measurements"]}
+    assert kinds == {("pio-out", "kernel"), ("pio-out", "c"), ("pio-out", "python"), ("halt", "c")}
+    assert len(lines.read_text().splitlines()) == 5
+    assert found["command"][:2] == ["kvmpy", "bench"]
+
+
+def test_the_command_lists_what_can_be_measured() -> None:
+    done = run("--list")
+    assert done.returncode == 0
+    assert [line.split()[0] for line in done.stdout.splitlines()] == list(OPERATIONS)
+
+
+@pytest.mark.usefixtures("kvm_host")
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("pio-oot",), "pio-out"),
+        (("--samples", "0"), "0"),
+        (("--level", "sea"), "sea"),
+        (("--mode", "fast"), "fast"),
+        (("pio-out", "--json", "/no/such/directory/a.json"), "/no/such/directory"),
+    ],
+)
+def test_bad_input_of_the_command_is_one_line(arguments: tuple[str, ...], named: str) -> None:
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert named in done.stderr
+
+
+@pytest.mark.usefixtures("kvm_host")
+def test_ctrl_c_prints_what_there_is() -> None:
+    command = [sys.executable, "-m", "kvmpy", "bench", "pio-out", "--samples", "20000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        time.sleep(4)
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert b"Traceback" not in errors
+    assert b"Exit latencies under" in out or b"interrupted" in errors
+
+
+def test_importing_kvmpy_does_not_bring_numpy() -> None:
+    face = "[getattr(kvmpy, name) for name in kvmpy.__all__]"
+    script = f"import sys, kvmpy; {face}; print('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "False\n"
+    assert kvmpy_bench.measure is measure
