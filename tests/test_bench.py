@@ -120,7 +120,7 @@ def test_each_case_gives_as_many_samples_as_asked_or_a_reason(case: Case) -> Non
 @pytest.mark.usefixtures("kvm_host")
 def test_every_exit_of_a_device_in_python_reached_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr("kvmpy.bench.exits._answer", lambda offset, size, value: seen.append(size))
+    monkeypatch.setattr("kvmpy.bench.guest._answer", lambda offset, size, value: seen.append(size))
     OPERATIONS["pio-out-2"].measure(Case("pio-out-2", "python", "long"), FEW)
     assert seen == [2] * (FEW.count + FEW.warmup)
 
