@@ -14,19 +14,24 @@ import jsonschema
 import numpy as np
 import pytest
 
-from kvmpy import ConfigError, Machine
+from kvmpy import ConfigError, HostError, KvmpyError, Machine
 from kvmpy import bench as kvmpy_bench
 from kvmpy.abi import ffi, lib
-from kvmpy.bench import Batch, Case, Conditions, Measurement, cases, environment, measure
+from kvmpy.bench import Batch, Case, Conditions, Measurement, cases, environment, kernel, measure
 from kvmpy.bench.catalogue import OPERATIONS
+from kvmpy.bench.exits import STRING
 from kvmpy.bench.model import Unmeasured
 from kvmpy.bench.results import SCHEMA, document, load, save, to_csv
-from kvmpy.bench.runner import measure_cases
+from kvmpy.bench.runner import GROUP, groups, measure_cases
+from kvmpy.bench.takes import BLOCK, BLOCK_SHARE
 from kvmpy.bench.worker import pack, unpack
 from kvmpy.devices import Sink
 
 ROOT = Path(__file__).parent.parent
 SPIN = b"\xeb\xfe"
+PAGES = 512
+STAMPED = ("pio-", "mmio-", "ioeventfd-", "coalesced-")
+KERNEL = [row.name for row in kernel.ROWS]
 OUTS = b"\xe6\x10\xeb\xfc"  # again: out 0x10, al; jmp again
 FEW = Conditions(count=50, warmup=5, deadline=10)
 CASES = [
@@ -108,21 +113,49 @@ def test_each_case_gives_as_many_samples_as_asked_or_a_reason(case: Case) -> Non
         assert error.status in ("not available here", "does not exit here", "hangs here")
         assert error.reason
         return
-    blocks = batch.proof["per_sample"]
-    assert len(batch.samples) == (FEW.count if blocks == 1 else -(-FEW.count // 8))
-    assert batch.proof["claimed"] == batch.proof["counted"] >= len(batch.samples) * blocks
+    each = batch.proof["per_sample"]
+    wanted = {BLOCK: -(-FEW.count // BLOCK_SHARE), PAGES: 2}.get(each, FEW.count)
+    assert len(batch.samples) == wanted
+    assert batch.proof["claimed"] == batch.proof["counted"] >= len(batch.samples) * each
     assert (batch.samples > 0).all()
     assert (batch.host[:, 1] >= batch.host[:, 0]).all()
     assert batch.overhead["clock"] > 0
     assert batch.overhead["loop"] > 0
+    if len(batch.guest):  # what the guest sees of an operation is more than of none
+        assert np.median(np.diff(batch.guest, axis=1)) > 0
+        assert batch.overhead["tsc"] > 0
+    by_guest = case.operation.startswith(STAMPED) or case.operation in KERNEL
+    assert bool(len(batch.guest)) == by_guest
+
+
+@pytest.mark.usefixtures("kvm_host")
+def test_a_string_instruction_is_measured_whole_and_given_for_each_byte() -> None:
+    few = Conditions(count=20, warmup=4, deadline=10)
+    batch = OPERATIONS["string-out"].measure(Case("string-out", "c", "long"), few)
+    each = batch.proof["per_sample"]
+    assert batch.proof["elements"] == STRING
+    assert batch.proof["claimed"] == (few.count + few.warmup) * each
+    whole = batch.host[each::each, 0] - batch.host[:-each:each, 0]
+    assert np.allclose(batch.samples * STRING, whole)
+
+
+@pytest.mark.usefixtures("kvm_host")
+@pytest.mark.parametrize("operation", ["ioeventfd-pio", "coalesced-mmio"])
+def test_a_way_around_an_exit_that_loses_a_write_is_an_error(
+    operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvmpy.bench.around.BLOCK", BLOCK + 1)  # one more than there are
+    with pytest.raises(KvmpyError, match=f"{BLOCK} of {BLOCK + 1}|{BLOCK}"):
+        OPERATIONS[operation].measure(Case(operation, "kernel", "long"), FEW)
 
 
 @pytest.mark.usefixtures("kvm_host")
 def test_every_exit_of_a_device_in_python_reached_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr("kvmpy.bench.guest._answer", lambda offset, size, value: seen.append(size))
+    monkeypatch.setattr("kvmpy.bench.exits.answer", lambda offset, size, value: seen.append(size))
     OPERATIONS["pio-out-2"].measure(Case("pio-out-2", "python", "long"), FEW)
-    assert seen == [2] * (FEW.count + FEW.warmup)
+    guests_own = FEW.count  # the loop in which the guest takes the time
+    assert seen.count(2) == FEW.count + FEW.warmup + guests_own
 
 
 def test_cases_are_chosen_by_name_level_and_mode() -> None:
@@ -155,6 +188,23 @@ def test_measure_takes_batches_in_processes_of_their_own() -> None:
     assert "ring 0" in str(absent)
 
 
+def test_measure_takes_the_level_and_mode_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Case] = []
+    monkeypatch.setattr(
+        "kvmpy.bench.measure_cases", lambda plan, *_, **__: asked.extend(plan) or [None]
+    )
+    measure("pio-out")
+    measure("pio-out", "python", "real")
+    measure("cpuid")
+    assert asked == [
+        Case("pio-out", "c", "long"),
+        Case("pio-out", "python", "real"),
+        Case("cpuid", "kernel", "long"),
+    ]
+    with pytest.raises(ConfigError, match="level and mode"):
+        measure("cpuid", level="c")
+
+
 def test_bad_numbers_are_refused() -> None:
     with pytest.raises(ConfigError, match="0 samples"):
         measure_cases([CASES[0]], 0, 1)
@@ -165,31 +215,71 @@ def test_bad_numbers_are_refused() -> None:
 def test_batches_are_taken_in_random_order_and_ctrl_c_keeps_what_there_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    taken: list[Case] = []
+    taken: list[list[Case]] = []
 
-    def batch(case: Case, samples: int, cpu: int | None) -> Batch:
+    def process(group: list[Case], samples: int, cpu: int | None) -> list[tuple[Case, Batch]]:
         if len(taken) == 5:
             raise KeyboardInterrupt
-        taken.append(case)
-        return Batch(case, np.arange(1.0, samples + 1))
+        taken.append(group)
+        return [(case, Batch(case, np.arange(1.0, samples + 1))) for case in group]
 
-    monkeypatch.setattr("kvmpy.bench.runner._batch", batch)
-    measured = measure_cases(CASES[:4], 10, 3, seed=1)
-    assert len(taken) == 5
-    assert sum(len(one.batches) for one in measured) == 5
-    taken.clear()
-    monkeypatch.setattr("kvmpy.bench.runner._batch", lambda case, *_: taken.append(case) or batch)
-    measure_cases(CASES[:4], 10, 3, seed=2)
-    assert taken != sorted(taken)
-    assert sorted(taken) == sorted(CASES[:4] * 3)
+    monkeypatch.setattr("kvmpy.bench.runner._measured", process)
+    measured = measure_cases(CASES[:20], 10, 3, seed=1)
+    assert sum(len(one.batches) for one in measured) == sum(map(len, taken)) < 60
+
+
+def test_no_process_takes_two_batches_of_a_case_and_all_are_taken() -> None:
+    made = groups(CASES[:20], 5, seed=2)
+    assert all(len(group) == len(set(group)) <= GROUP for group in made)
+    assert sorted(case for group in made for case in group) == sorted(CASES[:20] * 5)
+    assert made != groups(CASES[:20], 5, seed=3)
+
+
+def run_in(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Have measuring start another program instead of the worker."""
+    real = subprocess.run
+    monkeypatch.setattr(
+        "kvmpy.bench.runner.subprocess.run",
+        lambda command, **options: real([sys.executable, "-c", code, command[-1]], **options),
+    )
+
+
+def test_a_case_that_ends_its_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_in(monkeypatch, "import sys; sys.exit('out of luck')")
+    with pytest.raises(HostError, match=r"pio-out.*out of luck"):
+        measure_cases(CASES[:2], 10, 1)
+
+
+def test_a_case_that_hangs_its_process_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvmpy.bench.runner.DEADLINE", 0.0)
+    monkeypatch.setattr("kvmpy.bench.runner._STARTING", 4.0)
+    run_in(
+        monkeypatch,
+        """if True:
+        import json, sys, time
+        from kvmpy.bench import worker
+        jobs = json.loads(sys.argv[1])
+        def run_job(job):
+            if job["level"] == "python":
+                time.sleep(100)
+            return worker.Batch(worker.Case("x"), worker.np.ones(3))
+        worker.run_job = run_job
+        sys.exit(worker.main(sys.argv[1:]))
+        """,
+    )
+    plan = [Case("pio-out", level, "long") for level in ("c", "python", "kernel")]
+    found = {one.case.level: one.status for one in measure_cases(plan, 3, 1)}
+    assert found == {"c": "measured", "python": "hangs here", "kernel": "measured"}
 
 
 def test_a_batch_survives_the_way_between_processes() -> None:
     (before, _) = fake().batches
     before.host = np.arange(10, dtype=np.uint64).reshape(5, 2)
+    before.guest = np.arange(6, dtype=np.uint64).reshape(3, 2)
     after = unpack(before.case, pack(before))
     assert np.array_equal(after.samples, before.samples)
     assert np.array_equal(after.host, before.host)
+    assert np.array_equal(after.guest, before.guest)
     assert (after.overhead, after.proof) == (before.overhead, before.proof)
 
 

@@ -1,7 +1,7 @@
 # halt_protected - HLT in a loop, for measuring what its exit costs
 #
-# At entry: the entry says which loop: halt, or empty, which goes round ECX times without HLT. The
-# host ends the first; the second ends in a write to port 0x11, which says that it is over.
+# At entry: ECX is how often to go round, and the entry says which loop: halt, or empty, which does
+# all that the other does but HLT. Each ends in a write to port 0x11, which says that it is over.
 #
 # mode: protected
 # load: 0x1000
@@ -9,13 +9,18 @@
 
         .equ OVER, 0x11
 
+        .macro again name               # so often, and then over
+        dec     ecx
+        jnz     \name
+        jmp     over
+        .endm
+
 start:
+empty:
+        again   empty
 halt:
         hlt
-        jmp     halt
-empty:
-        dec     ecx
-        jnz     empty
+        again   halt
 over:
         out     OVER, al
         jmp     over

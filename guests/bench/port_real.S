@@ -2,8 +2,10 @@
 #
 # At entry: ECX is how often to go round, and the entry says which loop: out1, out2, out4, in1,
 # in2, in4, or empty, which does all that the others do but the access. Each ends in a write to
-# port 0x11, which says that it is over. The port is in DX: 0x10 by choice of the host, or one that
-# KVM itself answers.
+# port 0x11, which says that it is over. The port is in DX and ESI: 0x10 by choice of the host, or
+# one that KVM itself answers.
+# Each loop has a twin, tsc_NAME, that notes the time-stamp counter before and after the operation,
+# fenced (SDM Vol.2, RDTSC): 16 bytes a time, at ES:DI on.
 #
 # mode: real
 # load: 0x1000
@@ -11,40 +13,86 @@
 
         .equ OVER, 0x11
 
+        .macro again name               # so often, and then over
+        dec     ecx
+        jnz     \name
+        jmp     over
+        .endm
+
+        .macro begin                    # EBP is the low half of when it began
+        lfence
+        rdtsc
+        mov     ebp, eax
+        mov     dword ptr es:[edi + 4], edx
+        mov     edx, esi                # the port
+        lfence
+        .endm
+
+        .macro done
+        lfence
+        rdtsc
+        lfence
+        mov     dword ptr es:[edi], ebp
+        mov     dword ptr es:[edi + 8], eax
+        mov     dword ptr es:[edi + 12], edx
+        add     edi, 16
+        .endm
+
 start:
 empty:
-        dec     ecx
-        jnz     empty
-        jmp     over
+        again   empty
+tsc_empty:
+        begin
+        done
+        again   tsc_empty
 out1:
         out     dx, al
-        dec     ecx
-        jnz     out1
-        jmp     over
+        again   out1
+tsc_out1:
+        begin
+        out     dx, al
+        done
+        again   tsc_out1
 out2:
         out     dx, ax
-        dec     ecx
-        jnz     out2
-        jmp     over
+        again   out2
+tsc_out2:
+        begin
+        out     dx, ax
+        done
+        again   tsc_out2
 out4:
         out     dx, eax
-        dec     ecx
-        jnz     out4
-        jmp     over
+        again   out4
+tsc_out4:
+        begin
+        out     dx, eax
+        done
+        again   tsc_out4
 in1:
         in      al, dx
-        dec     ecx
-        jnz     in1
-        jmp     over
+        again   in1
+tsc_in1:
+        begin
+        in      al, dx
+        done
+        again   tsc_in1
 in2:
         in      ax, dx
-        dec     ecx
-        jnz     in2
-        jmp     over
+        again   in2
+tsc_in2:
+        begin
+        in      ax, dx
+        done
+        again   tsc_in2
 in4:
         in      eax, dx
-        dec     ecx
-        jnz     in4
+        again   in4
+tsc_in4:
+        begin
+        in      eax, dx
+        done
+        again   tsc_in4
 over:
         out     OVER, al
         jmp     over

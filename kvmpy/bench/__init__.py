@@ -30,13 +30,19 @@ __all__ = [
 
 
 def measure(
-    operation: str, level: str = "c", mode: str = "long", samples: int = 2000, batches: int = 5
+    operation: str,
+    level: str | None = None,
+    mode: str | None = None,
+    samples: int = 2000,
+    batches: int = 5,
 ) -> Measurement:
     """Measure one case: `samples` in all, in `batches` processes of their own.
 
-    Raises ConfigError for a name, level or mode that is none, or that the operation lacks.
+    Without `level` it is "c", and without `mode` "long", or else the first that the operation
+    has. Raises ConfigError for a name, level or mode that is none, or that the operation lacks.
     """
-    (case,) = cases([operation], [level], [mode])
+    found = cases([operation], [level] if level else (), [mode] if mode else ())
+    case = min(found, key=lambda one: (one.level != "c", one.mode != "long"))
     if samples < batches:
         raise ConfigError(f"{samples} samples in {batches} batches: give at least one for each")
     tsc_hz = environment()["tsc_hz"]

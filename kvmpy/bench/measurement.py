@@ -56,8 +56,17 @@ class Measurement:
         """How far apart the batches' medians lie, relative to the middle one."""
         return relative_spread([float(np.median(batch.samples)) for batch in self.batches])
 
+    @property
+    def guest_median(self) -> float | None:
+        """The median by the guest's own TSC, fenced, in ns; None where there is none."""
+        stamps = [batch.guest for batch in self.batches if len(batch.guest)]
+        if not stamps or not self.tsc_hz:
+            return None
+        ticks = np.diff(np.concatenate(stamps).astype(np.int64), axis=1)
+        return float(np.median(ticks)) * 1e9 / self.tsc_hz
+
     def overhead(self, name: str) -> float | None:
-        """The median over the batches of a cost of measuring: "clock" or "loop", in ns."""
+        """The median over the batches of one of `Batch.overhead`, in ns; None where none is."""
         values = [batch.overhead[name] for batch in self.batches if name in batch.overhead]
         return float(np.median(values)) if values else None
 
@@ -100,6 +109,8 @@ class Measurement:
             "spread": self.spread,
             "clock": self.overhead("clock"),
             "loop": self.overhead("loop"),
+            "guest": self.guest_median,
+            "tsc": self.overhead("tsc"),
         }
 
     def __str__(self) -> str:

@@ -76,16 +76,20 @@ class Batch:
     """One batch. `samples` are ns per operation, in the order in which they were taken.
 
     `host` are the raw CLOCK_MONOTONIC ns at which the C loop entered and left KVM_RUN, one row
-    an entry; several operations may lie between two of them. `overhead` are the costs, in ns, of
-    measuring, from the same batch and never subtracted: "clock" (two readings of the host's
-    clock) and "loop" (the guest's loop without the operation). `proof` says that it happened as
-    often as claimed: "claimed", "counted" (by the C loop) and KVM's own statistics where they
-    count it. `interference` is filled in by the process that runs the batch.
+    an entry; several operations may lie between two of them. `guest` are the guest's own readings
+    of its TSC before and after the operation, fenced, from a loop of their own. `overhead` are
+    the costs, in ns, of measuring, from the same batch and never subtracted: "clock" (two
+    readings of the host's clock), "loop" (the guest's loop without the operation), "tsc" (two
+    of the guest's readings with nothing between); and parts of a sample: "outside" (from the exit
+    of the guest to its next entry) and "device" (calling the Python device). `proof` says that it
+    happened as often as claimed: "claimed", "counted" (by the C loop) and KVM's own statistics
+    where they count it. `interference` is filled in by the process that runs the batch.
     """
 
     case: Case
     samples: Floats
     host: Ticks = field(default_factory=lambda: np.zeros((0, 2), np.uint64))
+    guest: Ticks = field(default_factory=lambda: np.zeros((0, 2), np.uint64))
     overhead: Mapping[str, float] = field(default_factory=dict)
     proof: Mapping[str, int] = field(default_factory=dict)
     interference: Mapping[str, int] = field(default_factory=dict)

@@ -1,11 +1,25 @@
 """The table in the terminal."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from kvmpy.bench.measurement import Measurement
 
 __all__ = ["table"]
+
+# Columns, and what of the summary is in them; the first two are put together.
+_NUMBERS: Final = {
+    "median": "",
+    "interval": "",
+    "p99": "p99",
+    "p99.9": "p99.9",
+    "cycles": "cycles",
+    "clock": "clock",
+    "loop": "loop",
+    "in guest": "guest",
+    "tsc": "tsc",
+    "samples": "count",
+}
 
 
 def table(measurements: Sequence[Measurement], environment: dict[str, Any]) -> Any:
@@ -17,21 +31,22 @@ def table(measurements: Sequence[Measurement], environment: dict[str, Any]) -> A
     made = Table(
         title=f"Exit latencies under {environment['backend']}{nested}: {environment['cpu']}, "
         f"Linux {environment['kernel']}, kvmpy {versions['kvmpy']}, {environment['date']}",
-        caption="ns; median with its 95% interval; clock and loop are part of each, not taken off",
+        caption="ns; median with its 95% interval; clock and loop are part of it, not taken off; "
+        "in guest: by the guest's own TSC, where tsc is part of it",
     )
     for name in ("operation", "level", "mode"):
         made.add_column(name, no_wrap=True)
-    for name in ("median", "interval", "p99", "p99.9", "cycles", "clock", "loop", "samples"):
+    for name in _NUMBERS:
         made.add_column(name, justify="right", no_wrap=True)
     made.add_column("notes")
     for one in measurements:
         case = (one.case.operation, one.case.level, one.case.mode)
         summary = one.summary()
         if not summary:
-            made.add_row(*case, *[""] * 8, f"{one.status}: {one.reason}")
+            made.add_row(*case, *[""] * len(_NUMBERS), f"{one.status}: {one.reason}")
             continue
         low, high = summary["interval"]
-        numbers = (summary[name] for name in ("p99", "p99.9", "cycles", "clock", "loop", "count"))
+        numbers = (summary[name] for name in _NUMBERS.values() if name)
         made.add_row(
             *case,
             _number(summary["p50"]),

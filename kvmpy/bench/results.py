@@ -22,7 +22,7 @@ VERSION: Final = 1
 SCHEMA: Final = Path(__file__).with_name("schema.json")
 _COLUMNS: Final = (
     *("count", "min", "p50", "p90", "p99", "p99.9", "max", "mad", "cycles", "spread"),
-    *("clock", "loop"),
+    *("clock", "loop", "guest", "tsc"),
 )
 
 
@@ -65,6 +65,7 @@ def _measurement(one: Measurement, raw: bool) -> dict[str, Any]:
         if raw:
             row["samples"] = batch.samples.tolist()
             row["host"] = batch.host.tolist()
+            row["guest"] = batch.guest.tolist()
         facts["batches"].append(row)
     return facts
 

@@ -1,22 +1,31 @@
-"""One process, one batch: `python -m kvmpy.bench.worker JOB`, the result on standard output.
+"""One process, a few batches of different cases: `python -m kvmpy.bench.worker JOBS`.
 
-A batch has a process of its own so that what one process is unlucky in (where its memory lies,
-what is in the caches) shows as a difference between batches, and not as a fact.
+No case has two batches in one process, so that what one process is unlucky in (where its memory
+lies, what is in the caches) shows as a difference between batches, and not as a fact.
+
+JOBS is a JSON list. Each result is a frame on standard output: the length of a JSON text and that
+of an array file, 8 bytes each, and then both. The JSON is {} for a batch, {"status", "reason"}
+for a case that has no number here, and {"error"} for one that failed.
 """
 
 import io
 import json
 import os
 import resource
+import struct
 import sys
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Final
 
 import numpy as np
 
 from kvmpy.bench.catalogue import OPERATIONS
 from kvmpy.bench.model import Batch, Case, Conditions, Unmeasured
+from kvmpy.errors import KvmpyError
 
-__all__ = ["main", "pack", "run_job", "unpack"]
+__all__ = ["frames", "main", "pack", "run_job", "unpack"]
+
+_HEAD: Final = struct.Struct("<QQ")
 
 
 def run_job(job: dict[str, Any]) -> Batch:
@@ -59,7 +68,7 @@ def pack(batch: Batch) -> bytes:
     }
     file = io.BytesIO()
     text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-    np.savez(file, samples=batch.samples, host=batch.host, facts=text)
+    np.savez(file, samples=batch.samples, host=batch.host, guest=batch.guest, facts=text)
     return file.getvalue()
 
 
@@ -67,17 +76,32 @@ def unpack(case: Case, data: bytes) -> Batch:
     """What `pack` packed."""
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         facts = json.loads(arrays["facts"].tobytes())
-        return Batch(case, arrays["samples"], arrays["host"], **facts)
+        return Batch(case, arrays["samples"], arrays["host"], arrays["guest"], **facts)
+
+
+def frames(data: bytes) -> Iterator[tuple[dict[str, str], bytes]]:
+    """The frames of a worker's output, as far as it came: the JSON, and the array file."""
+    at = 0
+    while at + _HEAD.size <= len(data):
+        text, array = _HEAD.unpack_from(data, at)
+        start, at = at + _HEAD.size, at + _HEAD.size + text + array
+        if at <= len(data):
+            yield json.loads(data[start : start + text]), data[start + text : at]
 
 
 def main(arguments: list[str]) -> int:
-    """Run the job; a case that has no number here is status 3, and says why as JSON."""
-    try:
-        batch = run_job(json.loads(arguments[0]))
-    except Unmeasured as error:
-        sys.stdout.write(json.dumps({"status": error.status, "reason": error.reason}))
-        return 3
-    sys.stdout.buffer.write(pack(batch))
+    """Do the jobs in order, and write a frame for each as soon as it is done."""
+    for job in json.loads(arguments[0]):
+        data, facts = b"", {}
+        try:
+            data = pack(run_job(job))
+        except Unmeasured as error:
+            facts = {"status": error.status, "reason": error.reason}
+        except KvmpyError as error:
+            facts = {"error": str(error)}
+        text = json.dumps(facts).encode()
+        sys.stdout.buffer.write(_HEAD.pack(len(text), len(data)) + text + data)
+        sys.stdout.buffer.flush()
     return 0
 
 
