@@ -10,12 +10,12 @@ ffibuilder = FFI()
 ffibuilder.cdef((HERE / "cdef.h").read_text())
 ffibuilder.set_source(
     "kvmpy._native",
-    '#include "loop.h"',
+    '#include "calls.h"',
     # Relative to setup.py, as setuptools wants them.
-    sources=["csrc/loop.c", "csrc/kick.c"],
+    sources=["csrc/loop.c", "csrc/kick.c", "csrc/calls.c", "csrc/raise.c"],
     include_dirs=["csrc"],
-    depends=["csrc/loop.h", "csrc/cdef.h"],
+    depends=["csrc/loop.h", "csrc/calls.h", "csrc/cdef.h"],
     extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wno-unused-parameter"],
-    libraries=["rt"],
+    libraries=["rt", "pthread"],
     py_limited_api=True,
 )

@@ -96,3 +96,40 @@ uint64_t kvmpy_take(struct kvmpy_action *action, uint8_t *into, uint64_t limit);
 
 int kvmpy_ioctl(int fd, unsigned long request, uintptr_t argument);
 int kvmpy_ioctl_buffer(int fd, unsigned long request, void *argument);
+
+/* csrc/calls.h: system calls as a list, timed. */
+#define KVMPY_CALL_IOCTL ...
+#define KVMPY_CALL_CLOSE ...
+#define KVMPY_CALL_WRITE ...
+#define KVMPY_CALL_KICK ...
+#define KVMPY_CALL_RUN ...
+#define KVMPY_MAX_CALLS ...
+
+struct kvmpy_call {
+    uint32_t kind;
+    int32_t fd;
+    uint32_t from;
+    int32_t error;
+    uint64_t request;
+    uint64_t argument;
+    uint64_t *poke;
+    uint64_t value;
+};
+
+struct kvmpy_raiser {
+    const struct kvmpy_call *calls;
+    uint32_t count;
+    int32_t cpu;
+    uint64_t delay_ns;
+    uint64_t raised;
+    int32_t error;
+    uint32_t asked;
+    uint32_t done;
+    ...;
+};
+
+int kvmpy_time_calls(const struct kvmpy_call *calls, uint32_t count, uint32_t first,
+                     uint32_t last, uint32_t rounds, uint64_t *pairs, uint32_t *failed);
+int kvmpy_raiser_start(struct kvmpy_raiser *raiser);
+void kvmpy_raiser_end(struct kvmpy_raiser *raiser);
+int kvmpy_raise(struct kvmpy_raiser *raiser, struct kvmpy_loop *loop, uint64_t *pair);

@@ -65,13 +65,6 @@ static int choose_signal(void)
     return result;
 }
 
-static int64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000ll + now.tv_nsec;
-}
-
 /* Set the timer for the deadline or the next heartbeat, whichever is first. */
 static int arm(struct kvmpy_loop *loop, int64_t first_ns)
 {
@@ -149,7 +142,7 @@ int kvmpy_begin(struct kvmpy_loop *loop, int64_t timeout_ns)
     }
 
     loop->returned = KVMPY_HEARTBEAT;
-    loop->deadline_ns = timeout_ns < 0 ? 0 : (uint64_t)(now_ns() + timeout_ns);
+    loop->deadline_ns = timeout_ns < 0 ? 0 : kvmpy_clock() + (uint64_t)timeout_ns;
     loop->outer = innermost;
     innermost = loop;
     __atomic_store_n(&loop->thread, thread->id, __ATOMIC_SEQ_CST);
@@ -213,7 +206,7 @@ int kvmpy_interrupted(struct kvmpy_loop *loop)
     if (kvmpy_unkick(loop))
         return KVMPY_STOPPED;
     if (loop->deadline_ns) {
-        int64_t left = (int64_t)loop->deadline_ns - now_ns();
+        int64_t left = (int64_t)(loop->deadline_ns - kvmpy_clock());
         if (left <= 0)
             return KVMPY_DEADLINE;
         if (left < (int64_t)loop->heartbeat_ns)

@@ -265,30 +265,23 @@ HOT int arrived(struct kvmpy_loop *loop, struct kvm_run *run)
     return is_access(loop, run);
 }
 
-static uint64_t clock_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000ull + now.tv_nsec;
-}
-
 /* What so many pairs of readings take, in ns: the cost of a sample, to be shown beside it. */
 uint64_t kvmpy_clock_cost(uint32_t pairs)
 {
-    uint64_t started = clock_ns();
+    uint64_t started = kvmpy_clock();
     for (uint32_t pair = 0; pair < pairs; pair++) {
-        clock_ns();
-        clock_ns();
+        kvmpy_clock();
+        kvmpy_clock();
     }
-    return clock_ns() - started;
+    return kvmpy_clock() - started;
 }
 
 /* KVM_RUN between two readings of the clock; one that a signal ended is no exit, and no sample. */
 static int enter_sampled(struct kvmpy_loop *loop)
 {
-    uint64_t entered = clock_ns();
+    uint64_t entered = kvmpy_clock();
     int result = ioctl(loop->fd, KVM_RUN, 0);
-    uint64_t left = clock_ns();
+    uint64_t left = kvmpy_clock();
 
     if (result < 0)
         return result;

@@ -108,6 +108,14 @@ struct kvmpy_loop {
     timer_t timer;
 };
 
+/* CLOCK_MONOTONIC, in ns. */
+static inline uint64_t kvmpy_clock(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000ull + now.tv_nsec;
+}
+
 int kvmpy_begin(struct kvmpy_loop *loop, int64_t timeout_ns);
 void kvmpy_end(struct kvmpy_loop *loop);
 int kvmpy_run(struct kvmpy_loop *loop);

@@ -22,7 +22,7 @@ from kvmpy.bench.catalogue import OPERATIONS
 from kvmpy.bench.exits import STRING
 from kvmpy.bench.model import Unmeasured
 from kvmpy.bench.results import SCHEMA, document, load, save, to_csv
-from kvmpy.bench.runner import GROUP, groups, measure_cases
+from kvmpy.bench.runner import GROUP, groups, measure_cases, pinning
 from kvmpy.bench.takes import BLOCK, BLOCK_SHARE
 from kvmpy.bench.worker import pack, unpack
 from kvmpy.devices import Sink
@@ -30,10 +30,10 @@ from kvmpy.devices import Sink
 ROOT = Path(__file__).parent.parent
 SPIN = b"\xeb\xfe"
 PAGES = 512
-STAMPED = ("pio-", "mmio-", "ioeventfd-", "coalesced-")
+STAMPED = ("pio-", "mmio-", "ioeventfd-", "coalesced-", "ipi-", "init-sipi")
 KERNEL = [row.name for row in kernel.ROWS]
 OUTS = b"\xe6\x10\xeb\xfc"  # again: out 0x10, al; jmp again
-FEW = Conditions(count=50, warmup=5, deadline=10)
+FEW = Conditions(count=50, warmup=5, deadline=10, helper_cpu=pinning()[1])
 CASES = [
     Case(row.name, level, mode)
     for row in OPERATIONS.values()
@@ -120,10 +120,10 @@ def test_each_case_gives_as_many_samples_as_asked_or_a_reason(case: Case) -> Non
     assert (batch.samples > 0).all()
     assert (batch.host[:, 1] >= batch.host[:, 0]).all()
     assert batch.overhead["clock"] > 0
-    assert batch.overhead["loop"] > 0
+    assert batch.overhead.get("loop", 0) > 0 or OPERATIONS[case.operation].group == "host"
     if len(batch.guest):  # what the guest sees of an operation is more than of none
         assert np.median(np.diff(batch.guest, axis=1)) > 0
-        assert batch.overhead["tsc"] > 0
+        assert batch.overhead.get("tsc", 0) > 0 or case.operation.startswith(("ipi-", "init-"))
     by_guest = case.operation.startswith(STAMPED) or case.operation in KERNEL
     assert bool(len(batch.guest)) == by_guest
 
@@ -217,7 +217,7 @@ def test_batches_are_taken_in_random_order_and_ctrl_c_keeps_what_there_is(
 ) -> None:
     taken: list[list[Case]] = []
 
-    def process(group: list[Case], samples: int, cpu: int | None) -> list[tuple[Case, Batch]]:
+    def process(group: list[Case], samples: int) -> list[tuple[Case, Batch]]:
         if len(taken) == 5:
             raise KeyboardInterrupt
         taken.append(group)
@@ -226,6 +226,44 @@ def test_batches_are_taken_in_random_order_and_ctrl_c_keeps_what_there_is(
     monkeypatch.setattr("kvmpy.bench.runner._measured", process)
     measured = measure_cases(CASES[:20], 10, 3, seed=1)
     assert sum(len(one.batches) for one in measured) == sum(map(len, taken)) < 60
+
+
+def test_disturbed_batches_are_taken_again_and_what_stays_so_is_flagged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    restless, quiet = CASES[0], CASES[1]
+    taken: list[Case] = []
+
+    def process(group: list[Case], samples: int) -> list[tuple[Case, Batch]]:
+        batches = []
+        for case in group:
+            taken.append(case)
+            slow = case == restless and taken.count(case) in (2, 3, 5)  # the third is the retake
+            reading = 130.0 if slow else 100.0
+            made = Batch(case, np.full(samples, reading), reference=(100.0, reading))
+            batches.append((case, made))
+        return batches
+
+    monkeypatch.setattr("kvmpy.bench.runner._measured", process)
+    first, second = measure_cases([restless, quiet], 10, 3)
+    assert taken.count(quiet) == 3
+    assert taken.count(restless) == 3 + 2 + 1  # the second and third; then one more
+    assert (first.disturbed, second.disturbed, len(first.batches)) == (0, 0, 3)
+    taken.clear()
+    (late,) = measure_cases([restless], 10, 3, seconds=0)
+    assert (late.disturbed, len(late.batches)) == (2, 3)
+    assert "2 of 3 batches disturbed" in late.flags
+    assert len(late.batches) == 3
+
+
+def test_disturbed_batches_are_set_aside_where_enough_are_quiet() -> None:
+    case = CASES[0]
+    made = [Batch(case, np.full(10, 100.0)) for _ in range(3)]
+    made += [Batch(case, np.full(10, 150.0), disturbed=True) for _ in range(4)]
+    one = Measurement(case, made)
+    assert (one.median, len(one.batches), len(one.all_batches)) == (100, 3, 7)
+    assert "4 of 7 batches disturbed, and set aside" in one.flags
+    assert Measurement(case, made[1:]).median == 150  # two quiet ones are too few to go by
 
 
 def test_no_process_takes_two_batches_of_a_case_and_all_are_taken() -> None:
@@ -259,7 +297,7 @@ def test_a_case_that_hangs_its_process_costs_no_other(monkeypatch: pytest.Monkey
         import json, sys, time
         from kvmpy.bench import worker
         jobs = json.loads(sys.argv[1])
-        def run_job(job):
+        def run_job(job, reference):
             if job["level"] == "python":
                 time.sleep(100)
             return worker.Batch(worker.Case("x"), worker.np.ones(3))
@@ -276,11 +314,13 @@ def test_a_batch_survives_the_way_between_processes() -> None:
     (before, _) = fake().batches
     before.host = np.arange(10, dtype=np.uint64).reshape(5, 2)
     before.guest = np.arange(6, dtype=np.uint64).reshape(3, 2)
+    before.reference = (1.0, 2.0)
     after = unpack(before.case, pack(before))
     assert np.array_equal(after.samples, before.samples)
     assert np.array_equal(after.host, before.host)
     assert np.array_equal(after.guest, before.guest)
     assert (after.overhead, after.proof) == (before.overhead, before.proof)
+    assert after.reference == before.reference
 
 
 # Statistics ---------------------------------------------------------------------------------

@@ -4,14 +4,16 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Final
 
-from kvmpy.bench import around, exits, kernel, seen, touch
+from kvmpy.bench import around, exits, hostside, inward, kernel, seen, touch
 from kvmpy.bench.model import LEVELS, MODES, Case, Operation
 from kvmpy.errors import ConfigError
 
 __all__ = ["OPERATIONS", "cases"]
 
 OPERATIONS: Final[dict[str, Operation]] = {
-    row.name: row for room in (exits, seen, kernel, touch, around) for row in room.ROWS
+    row.name: row
+    for room in (exits, seen, kernel, touch, around, inward, hostside)
+    for row in room.ROWS
 }
 
 

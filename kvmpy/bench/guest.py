@@ -27,8 +27,8 @@ MMIO: Final = 0xD0000000
 REAL_MMIO: Final = 0xF0000  # within reach of a real-mode segment, above the machine's RAM
 BUFFER: Final = 0x40000  # where the guest keeps stamps, and REP INS what it reads
 BYTES_END: Final = 0x8010  # where the bytes end that REP OUTS writes
-STAMPS: Final = 500  # of at most 4096 that have room in the buffer
-EMPTY_ROUNDS: Final = 500
+STAMPS: Final = 200  # of at most 4096 that have room in the buffer
+EMPTY_ROUNDS: Final = 300
 EMPTY_TIMES: Final = 5
 _COUNTED: Final = ("exits", "io_exits", "mmio_exits", "insn_emulation", "pf_fixed", "halt_exits")
 
@@ -190,8 +190,9 @@ class GuestBench:
             batch.proof = {**batch.proof, **counts}
             batch.overhead = {**self.overhead(), **batch.overhead}
             with suppress(Unmeasured):  # a guest may run, and its TSC be out of reach
-                batch.guest = self.stamps(self.kind.label)
-                if batch.guest.size:
+                stamps = self.stamps(self.kind.label)
+                if stamps.size:
+                    batch.guest = stamps
                     each = np.diff(self.stamps("empty").astype(np.float64), axis=1)
                     tick = 1e6 / self.cpu.get_tsc_khz()
                     batch.overhead = {**batch.overhead, "tsc": float(np.median(each)) * tick}

@@ -8,6 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from kvmpy.bench.model import Batch, Case, Floats
+from kvmpy.bench.reference import quiet_ones
 from kvmpy.bench.stats import QUANTILES, bootstrap_median, mad, relative_spread
 
 __all__ = ["Measurement"]
@@ -25,18 +26,27 @@ class Measurement:
         batches: Sequence[Batch] = (),
         status: str = "measured",
         reason: str = "",
+        *,
         tsc_hz: float | None = None,
     ) -> None:
-        self.case, self.batches = case, list(batches)
-        self.status, self.reason = status, reason
+        self.case, self.status, self.reason = case, status, reason
+        self.all_batches = list(batches)
+        """Those that were disturbed among them."""
+        self.batches = quiet_ones(self.all_batches, (one.disturbed for one in self.all_batches))
+        """Those that the statistics are of: the quiet ones (see `reference.quiet_ones`)."""
         self.tsc_hz = tsc_hz
 
     @cached_property
     def samples(self) -> Floats:
-        """All samples, in ns, batch after batch."""
+        """The samples, in ns, batch after batch."""
         if not self.batches:
             return np.zeros(0)
         return np.concatenate([batch.samples for batch in self.batches])
+
+    @property
+    def disturbed(self) -> int:
+        """How many batches were disturbed."""
+        return sum(batch.disturbed for batch in self.all_batches)
 
     def quantile(self, p: float) -> float:
         """The quantile `p` (0 to 1) of all samples, in ns."""
@@ -53,7 +63,7 @@ class Measurement:
 
     @property
     def spread(self) -> float:
-        """How far apart the batches' medians lie, relative to the middle one."""
+        """How far apart the batches' medians lie (see `stats.relative_spread`)."""
         return relative_spread([float(np.median(batch.samples)) for batch in self.batches])
 
     @property
@@ -86,6 +96,9 @@ class Measurement:
             words.append(f"runs disagree by {self.spread:.0%}")
         if self.batches and len(self.samples) < FEW_SAMPLES:
             words.append("few samples")
+        if self.disturbed:
+            aside = ", and set aside" if len(self.batches) < len(self.all_batches) else ""
+            words.append(f"{self.disturbed} of {len(self.all_batches)} batches disturbed{aside}")
         stolen = self.interference().get("steal_ticks", 0)
         if stolen:
             words.append(f"{stolen} ticks stolen by the host")
@@ -107,6 +120,7 @@ class Measurement:
             "interval": [low, high],
             "cycles": cycles,
             "spread": self.spread,
+            "disturbed": self.disturbed,
             "clock": self.overhead("clock"),
             "loop": self.overhead("loop"),
             "guest": self.guest_median,

@@ -63,12 +63,14 @@ class Case:
 class Conditions:
     """How a batch is to be taken: `count` samples after `warmup` more that are thrown away.
 
-    `deadline` is in seconds, for the whole batch.
+    `deadline` is in seconds, for the whole batch. `helper_cpu` is where a second thread runs, for
+    the operations that take two; None where there is no CPU for one.
     """
 
     count: int
     warmup: int = 200
     deadline: float = 20.0
+    helper_cpu: int | None = None
 
 
 @dataclass(slots=True)
@@ -83,7 +85,9 @@ class Batch:
     of the guest's readings with nothing between); and parts of a sample: "outside" (from the exit
     of the guest to its next entry) and "device" (calling the Python device). `proof` says that it
     happened as often as claimed: "claimed", "counted" (by the C loop) and KVM's own statistics
-    where they count it. `interference` is filled in by the process that runs the batch.
+    where they count it. `interference` and `reference` are filled in by the process that runs the
+    batch: the latter is what the same few exits took, in ns, before it and after it. `disturbed` is
+    filled in when all batches are there (see `kvmpy.bench.reference`).
     """
 
     case: Case
@@ -93,6 +97,8 @@ class Batch:
     overhead: Mapping[str, float] = field(default_factory=dict)
     proof: Mapping[str, int] = field(default_factory=dict)
     interference: Mapping[str, int] = field(default_factory=dict)
+    reference: tuple[float, ...] = ()
+    disturbed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from kvmpy.bench.measurement import Measurement
+from kvmpy.bench.stats import block_medians
 from kvmpy.errors import ConfigError
 
 __all__ = ["SCHEMA", "VERSION", "document", "load", "save", "to_csv"]
@@ -21,7 +24,7 @@ NAME: Final = "kvmpy-bench"
 VERSION: Final = 1
 SCHEMA: Final = Path(__file__).with_name("schema.json")
 _COLUMNS: Final = (
-    *("count", "min", "p50", "p90", "p99", "p99.9", "max", "mad", "cycles", "spread"),
+    *("count", "min", "p50", "p90", "p99", "p99.9", "max", "mad", "cycles", "spread", "disturbed"),
     *("clock", "loop", "guest", "tsc"),
 )
 
@@ -54,13 +57,16 @@ def _measurement(one: Measurement, raw: bool) -> dict[str, Any]:
         "summary": one.summary(),
         "batches": [],
     }
-    for batch in one.batches:
+    for batch in one.all_batches:
         row: dict[str, Any] = {
             "count": len(batch.samples),
-            "median": float(Measurement(one.case, [batch]).median),
+            "median": float(np.median(batch.samples)),
+            "blocks": block_medians(batch.samples).tolist(),
             "overhead": dict(batch.overhead),
             "proof": dict(batch.proof),
             "interference": dict(batch.interference),
+            "reference": list(batch.reference),
+            "disturbed": batch.disturbed,
         }
         if raw:
             row["samples"] = batch.samples.tolist()
@@ -102,7 +108,27 @@ def load(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: of version {data.get('version')}; this is {VERSION}")
     if not isinstance(data.get("measurements"), list) or "environment" not in data:
         raise ConfigError(f"{path}: has no measurements, or no environment")
+    for number, one in enumerate(data["measurements"]):
+        if not _is_measurement(one):
+            raise ConfigError(f"{path}: measurement {number} is not as schema.json describes it")
+    if not {"backend", "nested"} <= set(data["environment"]):
+        raise ConfigError(f"{path}: its environment names no backend")
     return data
+
+
+def _is_measurement(one: Any) -> bool:
+    """Whether it has what is read again, and that is what it should be."""
+    try:
+        return all(isinstance(one[name], str) for name in ("operation", "level", "mode")) and all(
+            batch["count"] >= 1
+            and batch["median"] > 0
+            and batch["blocks"]
+            and all(value > 0 for value in (*batch["blocks"], *batch["reference"]))
+            and isinstance(batch["disturbed"], bool)
+            for batch in one["batches"]
+        )
+    except (KeyError, TypeError):
+        return False
 
 
 def to_csv(measurements: Sequence[Measurement]) -> str:

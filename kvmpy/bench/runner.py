@@ -5,11 +5,15 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from time import monotonic
 from typing import Final
 
 from kvmpy.bench.measurement import Measurement
 from kvmpy.bench.model import Batch, Case, Unmeasured
+from kvmpy.bench.reference import baseline, disturbed
 from kvmpy.bench.worker import frames, unpack
 from kvmpy.errors import ConfigError, HostError
 
@@ -17,24 +21,33 @@ __all__ = ["groups", "measure_cases", "pinning"]
 
 WARMUP: Final = 200
 DEADLINE: Final = 20.0
-GROUP: Final = 8  # batches to a process, since starting one takes longer than most batches
+GROUP: Final = 16  # batches to a process, since starting one takes longer than most batches
+_AGAIN: Final = 3  # how often disturbed batches are taken again
 _STARTING: Final = 30.0  # seconds that a process may take beside its batches, on a busy machine
 
 
-def pinning() -> int | None:
-    """The CPU to pin batches to: the last of those there are, None if there is but one."""
+def pinning() -> tuple[int | None, int | None]:
+    """The CPU to pin batches to, and that of a second thread where one is needed.
+
+    They are the last and the first of those there are; None if there is but one.
+    """
     allowed = sorted(os.sched_getaffinity(0))
-    return allowed[-1] if len(allowed) > 1 else None
+    return (allowed[-1], allowed[0]) if len(allowed) > 1 else (None, None)
 
 
 def groups(cases: Sequence[Case], batches: int, seed: int, size: int = GROUP) -> list[list[Case]]:
-    """Each case so many times, in random order, cut into groups that hold no case twice."""
+    """Each case so many times, in random order, cut into groups that hold no case twice.
+
+    A case may be in `cases` more than once: then it comes so many times as often.
+    """
     chance = random.Random(seed)
     rounds: list[list[Case]] = []
-    for _ in range(batches):  # a case comes once in each round, and groups end with the round
-        order = list(cases)
+    left = Counter({case: batches * count for case, count in Counter(cases).items()})
+    while left := +left:  # a case comes once in each round, and groups end with the round
+        order = list(left)
         chance.shuffle(order)
         rounds += [order[at : at + size] for at in range(0, len(order), size)]
+        left.subtract(order)
     chance.shuffle(rounds)
     return rounds
 
@@ -46,49 +59,103 @@ def measure_cases(
     *,
     seed: int = 0,
     tsc_hz: float | None = None,
+    seconds: float = 300.0,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[Measurement]:
     """Measure each case in so many batches of so many samples; on Ctrl-C, what there is.
 
-    `progress` is called with the number of batches done and that of all. Raises HostError
-    where measuring itself fails.
+    A batch that was disturbed (see `reference`) is taken again, up to three times, but none
+    after so many `seconds`. `progress` is called with the number of batches done and that of
+    all. Raises HostError where measuring itself fails.
     """
     if samples < 1 or batches < 1:
         raise ConfigError(f"{samples} samples in {batches} batches: give at least 1 of each")
     cases = list(dict.fromkeys(cases))
-    found: dict[Case, list[Batch]] = {case: [] for case in cases}
-    absent: dict[Case, Unmeasured] = {}
-    total, done, cpu = len(cases) * batches, 0, pinning()
-    try:
-        for group in groups(cases, batches, seed):
-            progress(done, total)
+    taken = _Taken(cases, samples, progress)
+    until = monotonic() + seconds
+    with suppress(KeyboardInterrupt):
+        taken.take(groups(cases, batches, seed))
+        for again in range(_AGAIN):
+            lacking = taken.disturbed()
+            if not lacking:
+                break
+            taken.take(groups(lacking, 1, seed + 1 + again), until)
+    return taken.measurements(tsc_hz)
+
+
+class _Taken:
+    """The batches taken so far, and the cases that turned out to have none here."""
+
+    def __init__(
+        self, cases: Sequence[Case], samples: int, progress: Callable[[int, int], object]
+    ) -> None:
+        self._samples, self._progress = samples, progress
+        self._found: dict[Case, list[Batch]] = {case: [] for case in cases}
+        self._absent: dict[Case, Unmeasured] = {}
+        self._quiet = 0.0
+
+    def take(self, planned: Sequence[Sequence[Case]], until: float | None = None) -> None:
+        """Take those groups; with `until`, in place of disturbed batches, up to that time."""
+        total, done = sum(map(len, planned)), 0
+        for group in planned:
+            self._progress(done, total)
+            if until is not None and monotonic() > until:
+                return
             done += len(group)
-            for case, batch in _measured([one for one in group if one not in absent], samples, cpu):
-                if isinstance(batch, Batch):
-                    found[case].append(batch)
+            left = [one for one in group if one not in self._absent]
+            for case, batch in _measured(left, self._samples):
+                if isinstance(batch, Unmeasured):
+                    self._absent[case] = batch
+                elif until is None:
+                    self._found[case].append(batch)
                 else:
-                    absent[case] = batch
-        progress(total, total)
-    except KeyboardInterrupt:
-        pass
-    measured = []
-    for case in cases:
-        if case in absent:
-            why = absent[case]
-            measured.append(Measurement(case, (), why.status, why.reason))
-        elif found[case]:
-            measured.append(Measurement(case, found[case], tsc_hz=tsc_hz))
-    return measured
+                    self._replace(case, batch)
+        self._progress(total, total)
+
+    def _replace(self, case: Case, batch: Batch) -> None:
+        if disturbed(batch, self._quiet):
+            return
+        for at, old in enumerate(self._found[case]):
+            if disturbed(old, self._quiet):
+                self._found[case][at] = batch
+                return
+
+    def disturbed(self) -> list[Case]:
+        """Each case as often as it has disturbed batches."""
+        self._quiet = baseline(
+            reading
+            for found in self._found.values()
+            for batch in found
+            for reading in batch.reference
+        )
+        return [
+            case
+            for case, found in self._found.items()
+            for batch in found
+            if disturbed(batch, self._quiet)
+        ]
+
+    def measurements(self, tsc_hz: float | None) -> list[Measurement]:
+        """What there is, in the order of the cases."""
+        self.disturbed()
+        made = []
+        for case, found in self._found.items():
+            if case in self._absent:
+                why = self._absent[case]
+                made.append(Measurement(case, (), why.status, why.reason))
+            elif found:
+                for batch in found:
+                    batch.disturbed = disturbed(batch, self._quiet)
+                made.append(Measurement(case, found, tsc_hz=tsc_hz))
+        return made
 
 
-def _measured(
-    group: Sequence[Case], samples: int, cpu: int | None
-) -> list[tuple[Case, Batch | Unmeasured]]:
+def _measured(group: Sequence[Case], samples: int) -> list[tuple[Case, Batch | Unmeasured]]:
     """A batch of each case, in one process; in another one those after a case that ended it."""
     results: list[tuple[Case, Batch | Unmeasured]] = []
     while len(results) < len(group):
         left = group[len(results) :]
-        output, why = _process(left, samples, cpu)
+        output, why = _process(left, samples)
         for case, (facts, data) in zip(left, frames(output), strict=False):
             if "error" in facts:
                 raise HostError(f"measuring {case} failed: {facts['error']}")
@@ -102,8 +169,9 @@ def _measured(
     return results
 
 
-def _process(group: Sequence[Case], samples: int, cpu: int | None) -> tuple[bytes, str]:
+def _process(group: Sequence[Case], samples: int) -> tuple[bytes, str]:
     """What a worker wrote, and what became of it unless it did its work."""
+    cpu, helper_cpu = pinning()
     jobs = [
         {
             "operation": case.operation,
@@ -113,6 +181,7 @@ def _process(group: Sequence[Case], samples: int, cpu: int | None) -> tuple[byte
             "warmup": WARMUP,
             "deadline": DEADLINE,
             "cpu": cpu,
+            "helper_cpu": helper_cpu,
         }
         for case in group
     ]

@@ -6,7 +6,7 @@ import numpy as np
 
 from kvmpy.bench.model import Floats
 
-__all__ = ["QUANTILES", "bootstrap_median", "mad", "relative_spread"]
+__all__ = ["QUANTILES", "block_medians", "bootstrap_median", "mad", "relative_spread"]
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 _BLOCKS = 20
@@ -19,8 +19,17 @@ def mad(samples: Floats) -> float:
 
 
 def relative_spread(medians: Sequence[float]) -> float:
-    """How far apart the batches' medians lie: (largest - smallest) / middle one."""
-    return (max(medians) - min(medians)) / float(np.median(medians)) if medians else 0.0
+    """How far apart the batches' medians lie: all but the outer tenths, to the middle one."""
+    if not medians:
+        return 0.0
+    low, middle, high = np.quantile(medians, (0.1, 0.5, 0.9))
+    return float((high - low) / middle)
+
+
+def block_medians(samples: Floats) -> Floats:
+    """The medians of up to 20 blocks of consecutive samples: what a batch is compared by."""
+    blocks = np.array_split(samples, min(_BLOCKS, len(samples)))
+    return np.array([np.median(block) for block in blocks])
 
 
 def bootstrap_median(
@@ -33,7 +42,7 @@ def bootstrap_median(
     each stands in by its median, and batches and blocks are drawn with replacement.
     """
     blocks = np.array(
-        [[np.median(block) for block in np.array_split(batch, _BLOCKS)] for batch in batches]
+        [block_medians(batch) for batch in batches]
         if min(len(batch) for batch in batches) >= _BLOCKS
         else [[np.median(batch)] for batch in batches]
     )

@@ -21,27 +21,28 @@ import numpy as np
 
 from kvmpy.bench.catalogue import OPERATIONS
 from kvmpy.bench.model import Batch, Case, Conditions, Unmeasured
+from kvmpy.bench.reference import Reference
 from kvmpy.errors import KvmpyError
 
-__all__ = ["frames", "main", "pack", "run_job", "unpack"]
+__all__ = ["disturbances", "frames", "main", "pack", "run_job", "unpack"]
 
 _HEAD: Final = struct.Struct("<QQ")
 
 
-def run_job(job: dict[str, Any]) -> Batch:
+def run_job(job: dict[str, Any], reference: Reference) -> Batch:
     """Take the batch that the job describes, in this process, and what disturbed it."""
-    if job.get("cpu") is not None:
-        os.sched_setaffinity(0, {job["cpu"]})
     case = Case(job["operation"], job["level"], job["mode"])
-    conditions = Conditions(job["count"], job["warmup"], job["deadline"])
-    before = _disturbances()
+    conditions = Conditions(job["count"], job["warmup"], job["deadline"], job.get("helper_cpu"))
+    reading, before = reference.read(), disturbances()
     batch = OPERATIONS[case.operation].measure(case, conditions)
-    after = _disturbances()
+    after = disturbances()
     batch.interference = {name: after[name] - before[name] for name in after}
+    batch.reference = (reading, reference.read())
     return batch
 
 
-def _disturbances() -> dict[str, int]:
+def disturbances() -> dict[str, int]:
+    """What disturbs a measurement, counted from the process's, or the machine's, start."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "involuntary_switches": usage.ru_nivcsw,
@@ -65,6 +66,7 @@ def pack(batch: Batch) -> bytes:
         "overhead": dict(batch.overhead),
         "proof": dict(batch.proof),
         "interference": dict(batch.interference),
+        "reference": batch.reference,
     }
     file = io.BytesIO()
     text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
@@ -76,6 +78,7 @@ def unpack(case: Case, data: bytes) -> Batch:
     """What `pack` packed."""
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         facts = json.loads(arrays["facts"].tobytes())
+        facts["reference"] = tuple(facts["reference"])
         return Batch(case, arrays["samples"], arrays["host"], arrays["guest"], **facts)
 
 
@@ -91,10 +94,14 @@ def frames(data: bytes) -> Iterator[tuple[dict[str, str], bytes]]:
 
 def main(arguments: list[str]) -> int:
     """Do the jobs in order, and write a frame for each as soon as it is done."""
-    for job in json.loads(arguments[0]):
+    jobs = json.loads(arguments[0])
+    if jobs[0].get("cpu") is not None:
+        os.sched_setaffinity(0, {jobs[0]["cpu"]})
+    reference = Reference()
+    for job in jobs:
         data, facts = b"", {}
         try:
-            data = pack(run_job(job))
+            data = pack(run_job(job, reference))
         except Unmeasured as error:
             facts = {"status": error.status, "reason": error.reason}
         except KvmpyError as error:
@@ -102,6 +109,7 @@ def main(arguments: list[str]) -> int:
         text = json.dumps(facts).encode()
         sys.stdout.buffer.write(_HEAD.pack(len(text), len(data)) + text + data)
         sys.stdout.buffer.flush()
+    reference.close()
     return 0
 
 

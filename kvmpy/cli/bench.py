@@ -1,21 +1,23 @@
 """`kvmpy bench`: exit latencies, with what it takes to judge them."""
 
 import json
+import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
 
+from kvmpy.cli.benchwords import BenchCommand, need_numpy, wide_console
 from kvmpy.errors import ConfigError
 
 __all__ = ["bench"]
 
-QUICK = (500, 2)
-FULL = (2000, 5)
+# Samples of a batch, batches, and the seconds after which none is taken again.
+QUICK = (200, 5, 35.0)
+FULL = (400, 20, 250.0)
 
 
-@click.command()
+@click.command(cls=BenchCommand)
 @click.argument("operations", nargs=-1, metavar="[OPERATION]...")
 @click.option("--level", "levels", multiple=True, help="kernel, c or python; repeatable.")
 @click.option("--mode", "modes", multiple=True, help="real, protected, long or ring3; repeatable.")
@@ -26,6 +28,8 @@ FULL = (2000, 5)
 @click.option("--raw", is_flag=True, help="Every sample goes into the JSON.")
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), metavar="FILE",
               help="Write a line for each case.")  # fmt: skip
+@click.option("--plot", "plot_path", type=click.Path(path_type=Path), metavar="FILE",
+              help="Draw ECDFs and waterfalls; the suffix chooses the format.")  # fmt: skip
 @click.option("--list", "listing", is_flag=True, help="Say what can be measured.")
 def bench(
     *,
@@ -37,6 +41,7 @@ def bench(
     json_path: Path | None,
     raw: bool,
     csv_path: Path | None,
+    plot_path: Path | None,
     listing: bool,
 ) -> int:
     """Measure what exits cost: all operations, or those that are named.
@@ -44,26 +49,35 @@ def bench(
     Each batch runs in a process of its own, in random order. benchmarks/README.md says what
     each number includes.
     """
-    if find_spec("numpy") is None:
-        raise ConfigError("kvmpy bench needs numpy: pip install 'kvmpy[bench]'")
+    need_numpy()
     from rich.console import Console
     from rich.progress import Progress
 
     from kvmpy.bench import cases, environment, measure_cases
+    from kvmpy.bench.plot import check_suffix, plot
     from kvmpy.bench.report import table
     from kvmpy.bench.results import document, save, to_csv
+    from kvmpy.bench.runner import pinning
+    from kvmpy.bench.waterfall import table as waterfall_table
+    from kvmpy.bench.waterfall import waterfalls
     from kvmpy.kvm import KVM
 
     if listing:
         _list()
         return 0
-    plan = cases(operations, levels, modes or (("long",) if quick else ()))
-    for path in (json_path, csv_path):
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"cannot write {path}: no such directory")
+    plan = cases(operations, levels, modes)
+    if quick and not modes:
+        plan = [case for case in plan if case.mode in ("long", "-")]
+    for path in (json_path, csv_path, plot_path):
+        if path is not None:
+            _check_writable(path)
+    if plot_path is not None:
+        check_suffix(plot_path)
     KVM().close()  # whatever is wrong with it is one message, not one for each case
-    count, batches = QUICK if quick else FULL
+    count, batches, seconds = QUICK if quick else FULL
     facts = environment()
+    if pinning()[0] is None:
+        click.echo("one CPU: batches are not pinned, and what takes two has no result", err=True)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("measuring", total=None)
         measured = measure_cases(
@@ -71,19 +85,35 @@ def bench(
             samples or count,
             batches,
             tsc_hz=facts["tsc_hz"],
+            seconds=seconds,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = wide_console()
     console.print(table(measured, facts))
+    falls = waterfalls(measured)
+    if falls:
+        console.print(waterfall_table(falls))
     if json_path is not None:
         result = document(measured, facts, ["kvmpy", *sys.argv[1:]], raw=raw)
         save(json_path, json.dumps(result, indent=1) + "\n")
     if csv_path is not None:
         save(csv_path, to_csv(measured))
+    if plot_path is not None:
+        plot(measured, facts, plot_path)
     if len(measured) < len(plan):
         click.echo(f"interrupted: {len(measured)} of {len(plan)} cases", err=True)
         return 130
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse before measuring what could not be written after it."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"cannot write {path}: no such directory")
+    if path.is_dir():
+        raise ConfigError(f"cannot write {path}: it is a directory")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"cannot write {path}: permission denied")
 
 
 def _list() -> None:
