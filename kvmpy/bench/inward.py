@@ -28,7 +28,7 @@ from kvmpy.x86.state import MPState
 
 __all__ = ["ROWS"]
 
-_MOST: Final = 100  # samples a batch, since between them lies a delay
+_MOST: Final = 60  # samples a batch, since between them lies a delay
 _WARMUP: Final = 10
 _DELAY_NS: Final = 100_000  # an exit, an entry and a few emulated instructions take less
 _SENT_AT: Final = 0x40000  # where the guests note when it was sent, came, and how often

@@ -19,9 +19,9 @@ from kvmpy.errors import ConfigError, HostError
 
 __all__ = ["groups", "measure_cases", "pinning"]
 
-WARMUP: Final = 200
+WARMUP: Final = 100
 DEADLINE: Final = 20.0
-GROUP: Final = 16  # batches to a process, since starting one takes longer than most batches
+GROUP: Final = 24  # batches to a process, since starting one takes longer than most batches
 _AGAIN: Final = 3  # how often disturbed batches are taken again
 _STARTING: Final = 30.0  # seconds that a process may take beside its batches, on a busy machine
 

@@ -14,7 +14,7 @@ __all__ = ["bench"]
 
 # Samples of a batch, batches, and the seconds after which none is taken again.
 QUICK = (200, 5, 35.0)
-FULL = (400, 20, 250.0)
+FULL = (300, 20, 240.0)
 
 
 @click.command(cls=BenchCommand)
