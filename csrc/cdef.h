@@ -133,3 +133,14 @@ int kvmpy_time_calls(const struct kvmpy_call *calls, uint32_t count, uint32_t fi
 int kvmpy_raiser_start(struct kvmpy_raiser *raiser);
 void kvmpy_raiser_end(struct kvmpy_raiser *raiser);
 int kvmpy_raise(struct kvmpy_raiser *raiser, struct kvmpy_loop *loop, uint64_t *pair);
+
+/* csrc/pages.h: pages of guest RAM, by bitmaps. */
+int64_t kvmpy_own_pages(int pagemap, const uint8_t *start, uint64_t pages, uint64_t *bitmap);
+int64_t kvmpy_differing(const uint8_t *one, const uint8_t *other, uint64_t pages,
+                        uint64_t *bitmap);
+int64_t kvmpy_not_zero(const uint8_t *start, uint64_t pages, uint64_t *bitmap);
+int64_t kvmpy_copy_pages(uint8_t *to, const uint8_t *from, uint64_t pages,
+                         const uint64_t *bitmap);
+int64_t kvmpy_write_pages(int fd, uint64_t offset, const uint8_t *start, uint64_t pages,
+                          const uint64_t *bitmap);
+int kvmpy_remap(uint8_t *start, uint64_t size, int fd, uint64_t offset);

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from kvmpy.machine import Machine
     from kvmpy.memory import Memory
     from kvmpy.result import Result
+    from kvmpy.snapshot import Snapshot
     from kvmpy.vcpu import VCPU
     from kvmpy.vm import VM
 
@@ -89,6 +90,7 @@ __all__ = [
     "Program",
     "Result",
     "Shutdown",
+    "Snapshot",
     "SystemEvent",
     "UnknownExit",
     "UnsupportedError",
@@ -137,6 +139,7 @@ _HOMES = {
     "kvmpy.machine": ("Machine",),
     "kvmpy.memory": ("Memory",),
     "kvmpy.result": ("Result",),
+    "kvmpy.snapshot": ("Snapshot",),
     "kvmpy.vcpu": ("VCPU",),
     "kvmpy.vm": ("VM",),
 }

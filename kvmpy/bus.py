@@ -11,11 +11,11 @@ of a physical address (Intel SDM vol. 3, sec. 4.1.4; AMD APM vol. 2, sec. 5.3).
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from .errors import AddressError, DeviceError, OverlapError
 
-__all__ = ["Bus", "Claim", "Device", "FunctionDevice", "Unclaimed", "ones"]
+__all__ = ["Bus", "Claim", "Device", "FunctionDevice", "Stateful", "Unclaimed", "ones"]
 
 AccessFunction = Callable[[int, int, int | None], int | None]
 
@@ -41,6 +41,17 @@ class Device(Protocol):
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Take the `value` written, which fits in `size` bytes."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What a device has whose state is a part of snapshots; others are taken to have none."""
+
+    def save_state(self) -> bytes:
+        """Return the state, in whatever form `load_state` understands, now and later."""
+
+    def load_state(self, state: bytes) -> None:
+        """Take a state that `save_state` gave, here or in another process."""
 
 
 class FunctionDevice:

@@ -32,6 +32,10 @@ class Console:
         """Everything that is kept, in the order in which the guest wrote it."""
         return bytes(self._kept)
 
+    def replace(self, data: bytes) -> None:
+        """Keep `data` instead, as a machine does that goes back to an earlier moment."""
+        self._kept[:] = data
+
     def clear(self) -> None:
         """Forget what is kept."""
         self._kept.clear()

@@ -53,6 +53,10 @@ class InterruptController(Descriptor):
 
     irqchip: str | None = None
     """None, "split" (local APICs in the kernel) or "full" (PIC, IOAPIC and local APICs)."""
+    has_pit = False
+    """Whether `create_pit` was called."""
+    gsi_routes: tuple[GsiRoute, ...] | None = None
+    """What `set_gsi_routing` was called with last; None for the kernel's own table."""
 
     def check_extension(self, capability: str | int) -> int:
         """What this VM says of a capability, by name or number; 0 for absent."""
@@ -97,6 +101,7 @@ class InterruptController(Descriptor):
         """An i8254 in the kernel; it needs the full irqchip (KVM_CREATE_PIT2)."""
         hint = "the PIT needs create_irqchip() first"
         self.ioctl("CREATE_PIT2", bytearray(struct.pack("<I60x", int(speaker_dummy))), hint)
+        self.has_pit = True
 
     def irq_line(self, gsi: int, level: bool) -> int:
         """Set a GSI's line; what KVM says: above 0 delivered, 0 merged, below 0 masked."""
@@ -107,9 +112,11 @@ class InterruptController(Descriptor):
 
     def set_gsi_routing(self, routes: Iterable[GsiRoute]) -> None:
         """Replace the whole GSI routing table."""
-        entries = [route.pack() for route in routes]
+        table = tuple(routes)
+        entries = [route.pack() for route in table]
         data = struct.pack("<II", len(entries), 0) + b"".join(entries)
         self.ioctl("SET_GSI_ROUTING", bytearray(data))
+        self.gsi_routes = table
 
     def signal_msi(self, address: int, data: int) -> int:
         """Send a message-signalled interrupt; above 0 if it was delivered."""

@@ -12,7 +12,7 @@ from kvmpy.errors import HostError, KVMUnavailableError, UnsupportedError
 from kvmpy.vm import VM
 from kvmpy.x86.state import CPUIDEntry
 
-__all__ = ["KVM", "backend", "nested"]
+__all__ = ["KVM", "backend", "nested", "packed_cpuid"]
 
 API_VERSION = 12
 _MODULES = ("kvm_pvm", "kvm_intel", "kvm_amd")  # kvm_pvm first: it may sit beside another
@@ -140,3 +140,16 @@ class KVM(Descriptor):
 def unpack_cpuid(data: bytes) -> list[CPUIDEntry]:
     """An array of struct kvm_cpuid_entry2 as a list."""
     return [CPUIDEntry.unpack(data[at : at + 40]) for at in range(0, len(data), 40)]
+
+
+_supported_cpuid: dict[int, bytes] = {}
+
+
+def packed_cpuid(kvm: KVM) -> bytes:
+    """What the host supports, packed; asked once per process, since it takes a while."""
+    process = os.getpid()
+    if process not in _supported_cpuid:
+        _supported_cpuid.clear()
+        entries = kvm.get_supported_cpuid()
+        _supported_cpuid[process] = b"".join(entry.pack() for entry in entries)
+    return _supported_cpuid[process]

@@ -6,18 +6,20 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 from kvmpy import modes
+from kvmpy.abi import address_of
+from kvmpy.attaching import Attaching
 from kvmpy.boot.image import load_image
 from kvmpy.boot.segments import Image
-from kvmpy.bus import AccessFunction, Claim, Device, FunctionDevice
+from kvmpy.bus import AccessFunction, Device, FunctionDevice
 from kvmpy.console import Console
+from kvmpy.copying import Copying
 from kvmpy.devices import standard
 from kvmpy.dispatch import Dispatch
-from kvmpy.errors import AddressError, ConfigError, OverlapError
-from kvmpy.kvm import KVM
+from kvmpy.errors import AddressError, ConfigError
+from kvmpy.kvm import KVM, packed_cpuid
 from kvmpy.memory import PAGE_SIZE, AddressSpace
-from kvmpy.running import Running
 from kvmpy.sizes import parse_size
-from kvmpy.vcpu import VCPU
+from kvmpy.snapshot import Config, Snapshot
 
 __all__ = ["Machine"]
 
@@ -28,10 +30,9 @@ _FIX_HYPERCALL_INSN: Final = 1 << 5  # KVM_X86_QUIRK_FIX_HYPERCALL_INSN
 
 _F = TypeVar("_F", bound=AccessFunction)
 _Bytes = bytes | bytearray | memoryview
-_supported_cpuid: dict[int, bytes] = {}
 
 
-class Machine(Running):
+class Machine(Attaching, Copying):
     """A virtual machine that is ready to load a guest and run it; a context manager.
 
     `memory` is its RAM ("16M", or bytes): up to 3 GiB from address 0 on, the rest from 4 GiB.
@@ -59,6 +60,7 @@ class Machine(Running):
         posted_console: bool = False,
         huge: bool = False,
         devices: bool = True,
+        _origin: Snapshot | None = None,
     ) -> None:
         size = _memory_size(memory)
         low = min(size, LOW_RAM_LIMIT)
@@ -66,6 +68,7 @@ class Machine(Running):
         """What kvmpy puts at the top of low RAM."""
         if cpus < 1 or irqchip not in (None, "split", "full"):
             raise ConfigError(f"cpus={cpus}, irqchip={irqchip!r}: at least 1; None, split or full")
+        self.config = Config(mode, ring, size, irqchip, strict, posted_console, devices)
         self._console = Console(output)
         super().__init__(strict=strict, posted=posted_console)
         self._loaded: list[tuple[int, int]] = []
@@ -83,7 +86,13 @@ class Machine(Running):
         try:
             self.vm = self.kvm.create_vm()
             try:
-                self._build(low, size - low, cpus, irqchip, huge)
+                self._build(irqchip)
+                if _origin is None:
+                    self._add_ram(low, size - low, huge)
+                else:
+                    self._share_ram(_origin)
+                for number in range(cpus):
+                    self._add_cpu(None if _origin is None else _origin.cpus[number]["CPUID2"])
             except BaseException:
                 self.vm.close()
                 raise
@@ -110,7 +119,23 @@ class Machine(Running):
             raise
         return machine
 
-    def _build(self, low: int, extra: int, cpus: int, irqchip: str | None, huge: bool) -> None:
+    @classmethod
+    def _made_from(cls, snapshot: Snapshot, options: dict[str, Any]) -> Self:
+        config = snapshot.config
+        return cls(
+            config.memory,
+            config.mode,
+            config.ring,
+            cpus=len(snapshot.cpus),
+            irqchip=config.irqchip,
+            strict=config.strict,
+            posted_console=config.posted_console,
+            devices=config.devices,
+            _origin=snapshot,
+            **options,
+        )
+
+    def _build(self, irqchip: str | None) -> None:
         if self.vm.check_extension("DISABLE_QUIRKS2") & _FIX_HYPERCALL_INSN:
             # A guest's memory is the guest's: KVM does not patch VMCALL and VMMCALL in it.
             self.vm.enable_cap("DISABLE_QUIRKS2", _FIX_HYPERCALL_INSN)
@@ -118,22 +143,37 @@ class Machine(Running):
             self.vm.create_irqchip()
         elif irqchip == "split":
             self.vm.create_split_irqchip()
+        if self._posted:
+            self.kvm.require("COALESCED_PIO")
+            for port in standard.CONSOLE_PORTS:
+                self.vm.register_coalesced(port, 1, port=True)
+
+    def _add_ram(self, low: int, extra: int, huge: bool) -> None:
         ram = self.vm.add_memory(0, low, huge=huge)
         if extra:
             self.vm.add_memory(EXTRA_RAM, extra, huge=huge)
         if self.layout.data:
             ram.write(self.layout.base, self.layout.data)
-        if self._posted:
-            self.kvm.require("COALESCED_PIO")
-            for port in standard.CONSOLE_PORTS:
-                self.vm.register_coalesced(port, 1, port=True)
-        for _ in range(cpus):
-            self._add_cpu(self.vm.create_vcpu())
 
-    def _add_cpu(self, cpu: VCPU) -> None:
+    def _share_ram(self, origin: Snapshot) -> None:
+        for image in origin.images:
+            base = image.base
+            region = self.vm.add_memory(
+                image.address,
+                image.size,
+                readonly=image.readonly,
+                backing="private",
+                fd=base.fd,
+                offset=base.offset,
+            )
+            region.origin = image
+            image.add_increments(address_of(region.buffer))
+
+    def _add_cpu(self, cpuid: bytes | None) -> None:
+        cpu = self.vm.create_vcpu()
         cpu.loop.routes = self.dispatch.routes
         cpu.finisher = lambda: self._finish_exit(cpu)
-        cpu.set_cpuid2(_cpuid(self.kvm))
+        cpu.set_cpuid2(cpuid or packed_cpuid(self.kvm))
         if self._posted:
             cpu.watch_ring()
 
@@ -199,50 +239,6 @@ class Machine(Running):
             "give the machine more memory or another address"
         )
 
-    # Devices --------------------------------------------------------------------------------
-
-    def attach_port(self, base: int, size: int, device: Device, name: str | None = None) -> Claim:
-        """Let `device` answer `size` ports from `base` on; OverlapError names both owners."""
-        return self.dispatch.attach(self.dispatch.ports, base, size, device, name)
-
-    def attach_mmio(self, base: int, size: int, device: Device, name: str | None = None) -> Claim:
-        """Let `device` answer `size` bytes of guest-physical addresses from `base` on."""
-        ram = self.vm.memory.overlapping(base, size)
-        if ram is not None:
-            raise OverlapError(
-                f"MMIO [{base:#x}, {base + size:#x}) of {name or device.name} overlaps the RAM at "
-                f"[{ram.address:#x}, {ram.end:#x})"
-            )
-        return self.dispatch.attach(self.dispatch.mmio, base, size, device, name)
-
-    def detach(self, claim: Claim) -> None:
-        """Take back what `attach_port` or `attach_mmio` gave."""
-        bus = self.dispatch.ports
-        if bus.find(claim.base) is not claim:
-            bus = self.dispatch.mmio
-        self.dispatch.detach(bus, claim)
-
-    def on_port(self, base: int, size: int = 1) -> Callable[[_F], _F]:
-        """Make a device at `size` ports from `base` on of a function `f(offset, size, value)`.
-
-        `value` is None for a read, and what the function returns is the answer.
-        """
-
-        def attach(function: _F) -> _F:
-            self.attach_port(base, size, FunctionDevice(function))
-            return function
-
-        return attach
-
-    def on_mmio(self, base: int, size: int = PAGE_SIZE) -> Callable[[_F], _F]:
-        """The same for `size` bytes of guest-physical addresses from `base` on."""
-
-        def attach(function: _F) -> _F:
-            self.attach_mmio(base, size, FunctionDevice(function))
-            return function
-
-        return attach
-
     # Closing --------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -282,13 +278,3 @@ def _memory_size(memory: str | int) -> int:
     if size > LARGEST_MEMORY:
         raise ConfigError(f"a memory of {size} bytes: a machine has at most 256G")
     return size
-
-
-def _cpuid(kvm: KVM) -> bytes:
-    """What the host supports, packed; asked once per process, since it takes a while."""
-    process = os.getpid()
-    if process not in _supported_cpuid:
-        _supported_cpuid.clear()
-        entries = kvm.get_supported_cpuid()
-        _supported_cpuid[process] = b"".join(entry.pack() for entry in entries)
-    return _supported_cpuid[process]

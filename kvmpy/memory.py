@@ -47,6 +47,8 @@ class Memory(GuestAccess):
         self.address, self.size, self.slot = address, size, slot
         self.readonly, self.log_dirty, self.backing = readonly, log_dirty, backing
         self.fd: int | None = None
+        self.origin: object = None
+        """What kvmpy's own snapshots note: the image that the region was made from or is in."""
         self._mmap = self._map(backing, fd, offset)
         if huge:
             self._advise_huge()

@@ -126,6 +126,16 @@ class VcpuRegisters(VcpuState):
         self._written_sregs = packed
         self._write("SET_SREGS", SYNC_SREGS, SREGS, packed)
 
+    def set_packed_sregs(self, packed: bytes) -> None:
+        """Write special registers that KVM has given, as they are."""
+        if len(packed) != SpecialRegisters.SIZE:
+            raise ConfigError(f"struct kvm_sregs has {SpecialRegisters.SIZE} bytes")
+        self._check_mine()
+        self.finish()
+        self._keep_cr8(SpecialRegisters.unpack(packed).cr8)
+        self._written_sregs = packed
+        self._write("SET_SREGS", SYNC_SREGS, SREGS, packed)
+
     def _write(self, name: str, bit: int, where: slice, packed: bytes) -> None:
         if self.can_sync & bit:
             self.run_page[where] = packed

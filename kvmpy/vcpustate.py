@@ -43,13 +43,15 @@ class VcpuState(Descriptor):
         """
         raise NotImplementedError
 
-    def _read_state(self, name: str, size: int) -> bytearray:
+    def read_state(self, name: str, size: int) -> bytes:
+        """The packed struct that the ioctl `name` gives, of `size` bytes."""
         self._settle()
         buffer = bytearray(size)
         self.ioctl(name, buffer)
-        return buffer
+        return bytes(buffer)
 
-    def _write_state(self, name: str, data: bytes | bytearray, size: int | None = None) -> None:
+    def write_state(self, name: str, data: bytes | bytearray, size: int | None = None) -> None:
+        """Hand a packed struct to the ioctl `name`; with `size`, it must have so many bytes."""
         if size is not None and len(data) != size:
             raise ConfigError(f"KVM_{name} takes {size} bytes, not {len(data)}")
         self._settle(writing=True)
@@ -57,60 +59,60 @@ class VcpuState(Descriptor):
 
     def get_fpu(self) -> FPU:
         """x87 and SSE registers, without MXCSR, which KVM leaves out; `get_xsave` has all."""
-        return FPU.unpack(self._read_state("GET_FPU", FPU.SIZE))
+        return FPU.unpack(self.read_state("GET_FPU", FPU.SIZE))
 
     def set_fpu(self, fpu: FPU) -> None:
         """Write x87 and SSE registers; KVM ignores `mxcsr`."""
-        self._write_state("SET_FPU", fpu.pack())
+        self.write_state("SET_FPU", fpu.pack())
 
     def get_xsave(self) -> bytes:
         """The XSAVE area in standard format, 4096 bytes or more (SDM Vol.1 13.4)."""
         size = max(4096, self._xsave_size)
-        return bytes(self._read_state("GET_XSAVE2" if self._xsave_size else "GET_XSAVE", size))
+        return self.read_state("GET_XSAVE2" if self._xsave_size else "GET_XSAVE", size)
 
     def set_xsave(self, area: bytes) -> None:
         """Write back what `get_xsave` gave."""
-        self._write_state("SET_XSAVE", area, max(4096, self._xsave_size))
+        self.write_state("SET_XSAVE", area, max(4096, self._xsave_size))
 
     def get_xcrs(self) -> XCRs:
         """The extended control registers (XCR0)."""
-        return XCRs.unpack(self._read_state("GET_XCRS", XCRs.SIZE))
+        return XCRs.unpack(self.read_state("GET_XCRS", XCRs.SIZE))
 
     def set_xcrs(self, xcrs: XCRs) -> None:
         """Write the extended control registers."""
-        self._write_state("SET_XCRS", xcrs.pack())
+        self.write_state("SET_XCRS", xcrs.pack())
 
     def get_debugregs(self) -> DebugRegisters:
         """DR0 to DR3, DR6 and DR7."""
-        return DebugRegisters.unpack(self._read_state("GET_DEBUGREGS", DebugRegisters.SIZE))
+        return DebugRegisters.unpack(self.read_state("GET_DEBUGREGS", DebugRegisters.SIZE))
 
     def set_debugregs(self, registers: DebugRegisters) -> None:
         """Write DR0 to DR3, DR6 and DR7."""
-        self._write_state("SET_DEBUGREGS", registers.pack())
+        self.write_state("SET_DEBUGREGS", registers.pack())
 
     def get_vcpu_events(self) -> VcpuEvents:
         """Exceptions, interrupts and NMIs that are pending or being delivered."""
-        return VcpuEvents.unpack(self._read_state("GET_VCPU_EVENTS", VcpuEvents.SIZE))
+        return VcpuEvents.unpack(self.read_state("GET_VCPU_EVENTS", VcpuEvents.SIZE))
 
     def set_vcpu_events(self, events: VcpuEvents) -> None:
         """Write pending events; `events.flags` says which fields count."""
-        self._write_state("SET_VCPU_EVENTS", events.pack())
+        self.write_state("SET_VCPU_EVENTS", events.pack())
 
     def get_mp_state(self) -> MPState:
         """Runnable, halted, waiting for INIT or SIPI."""
-        return MPState(struct.unpack("<I", self._read_state("GET_MP_STATE", 4))[0])
+        return MPState(struct.unpack("<I", self.read_state("GET_MP_STATE", 4))[0])
 
     def set_mp_state(self, state: MPState) -> None:
         """Set the run state; other than runnable it needs an in-kernel local APIC."""
-        self._write_state("SET_MP_STATE", struct.pack("<I", state))
+        self.write_state("SET_MP_STATE", struct.pack("<I", state))
 
     def get_lapic(self) -> bytes:
         """The 1024 bytes of the in-kernel local APIC's registers; it needs an irqchip."""
-        return bytes(self._read_state("GET_LAPIC", LAPIC_SIZE))
+        return self.read_state("GET_LAPIC", LAPIC_SIZE)
 
     def set_lapic(self, registers: bytes) -> None:
         """Write back what `get_lapic` gave."""
-        self._write_state("SET_LAPIC", registers, LAPIC_SIZE)
+        self.write_state("SET_LAPIC", registers, LAPIC_SIZE)
 
     def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
         """The values of MSRs by index; ConfigError names one that the vCPU does not have."""
@@ -196,7 +198,7 @@ class VcpuState(Descriptor):
         control = single_step << 1 | software_breakpoints << 16 | bool(points) << 17
         registers = [*points, *[0] * (4 - len(points)), 0, 0, 0, dr7]
         packed = pack("SET_GUEST_DEBUG", "<II8Q", control | bool(control), 0, *registers)
-        self._write_state("SET_GUEST_DEBUG", packed)
+        self.write_state("SET_GUEST_DEBUG", packed)
 
     def translate(self, address: int) -> Translation:
         """Walk the guest's page tables for a linear address (KVM_TRANSLATE)."""
@@ -210,7 +212,7 @@ class VcpuState(Descriptor):
         """Queue a maskable interrupt; without an in-kernel PIC only (KVM_INTERRUPT)."""
         if not 0 <= vector <= 255:
             raise ConfigError(f"interrupt vector {vector}: 0 to 255")
-        self._write_state("INTERRUPT", struct.pack("<I", vector))
+        self.write_state("INTERRUPT", struct.pack("<I", vector))
 
     def nmi(self) -> None:
         """Queue a non-maskable interrupt (KVM_NMI)."""

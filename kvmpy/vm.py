@@ -1,5 +1,6 @@
 """A virtual machine's descriptor: its memory slots, vCPUs, clock and statistics."""
 
+import mmap
 import struct
 from types import TracebackType
 from typing import Final
@@ -154,6 +155,19 @@ class VM(InterruptController):
         request = pack("CLEAR_DIRTY_LOG", "<IIQQ", *numbers)
         hint = "add the memory with log_dirty=True; first_page is a multiple of 64, and so is "
         self.ioctl("CLEAR_DIRTY_LOG", request, hint + "pages, but for the last of the region")
+
+    def drop_mappings(self) -> None:
+        """Have KVM forget what it has derived from the guest's page tables.
+
+        With shadow paging, and in a processor's TLB, that stays when the host writes page tables
+        without the guest: deleting any memory slot ends it (KVM API, 4.35).
+        """
+        end = max((region.end for region in self.memory), default=0)
+        slot, page = self._free_slot(), mmap.mmap(-1, PAGE_SIZE)
+        for size in (PAGE_SIZE, 0):
+            packed = struct.pack("<IIQQQ", slot, 0, end, size, address_of(page))
+            self.ioctl("SET_USER_MEMORY_REGION", bytearray(packed))
+        page.close()
 
     # vCPUs, clock, statistics -------------------------------------------------------------
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from kvmpy import KVM, HostError, KvmpyError, KVMUnavailableError, Machine, abi, machine
+from kvmpy import KVM, HostError, KvmpyError, KVMUnavailableError, Machine, abi
+from kvmpy import kvm as kvm_module
 from kvmpy.abi import lib
 from kvmpy.x86.state import SpecialRegisters
 
@@ -140,7 +141,7 @@ SCENARIOS = [by_parts, by_machine]
 @pytest.fixture(autouse=True)
 def no_memory_of_cpuid(monkeypatch: pytest.MonkeyPatch) -> None:
     """Machines ask for CPUID once per process; here each asks."""
-    monkeypatch.setattr("kvmpy.machine._supported_cpuid", {})
+    monkeypatch.setattr("kvmpy.kvm._supported_cpuid", {})
 
 
 def fails_everywhere(
@@ -153,14 +154,14 @@ def fails_everywhere(
     scenario()
     before, space = resources(), address_space()
     sabotage(saboteur)
-    machine._supported_cpuid.clear()
+    kvm_module._supported_cpuid.clear()
     scenario()
     steps = list(saboteur.calls)
     assert len(steps) > 1 and resources() == before
     for number, step in enumerate(steps):
         saboteur.calls.clear()
         saboteur.fails_at = number
-        machine._supported_cpuid.clear()
+        kvm_module._supported_cpuid.clear()
         with pytest.raises(expected) as caught:
             scenario()
         del caught

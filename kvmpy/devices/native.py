@@ -101,6 +101,15 @@ class Capture(NativeDevice):
         self._collect()
         self._data += value.to_bytes(size, "little")
 
+    def save_state(self) -> bytes:
+        """Everything captured."""
+        return self.data()
+
+    def load_state(self, state: bytes) -> None:
+        """Take what `save_state` gave, in place of what was captured since."""
+        self.clear()
+        self._data += state
+
     def release(self) -> None:
         """Keep what C has collected so far in Python, and let go of `backing`."""
         self._collect()
@@ -132,6 +141,14 @@ class Counter(NativeDevice):
     def write(self, offset: int, size: int, value: int) -> None:
         """Count, and drop the value."""
         self._count += 1
+
+    def save_state(self) -> bytes:
+        """The count, 8 bytes."""
+        return self.count.to_bytes(8, "little")
+
+    def load_state(self, state: bytes) -> None:
+        """Take what `save_state` gave."""
+        self._count += int.from_bytes(state, "little") - self.count
 
     def release(self) -> None:
         """Keep C's count in Python, and let go of `backing`."""

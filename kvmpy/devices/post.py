@@ -4,6 +4,7 @@ A PC's diagnostic card shows the last one (IBM PC/AT Technical Reference, "POST"
 writes to the same port for a short delay, so codes may arrive that mean nothing.
 """
 
+import json
 from collections import deque
 
 from ..bus import ones
@@ -42,3 +43,13 @@ class PostCode:
         """Keep a code."""
         self.count += 1
         self.codes.append(value & 0xFF)
+
+    def save_state(self) -> bytes:
+        """The codes and their number, as JSON."""
+        return json.dumps({"codes": list(self.codes), "count": self.count}).encode()
+
+    def load_state(self, state: bytes) -> None:
+        """Take what `save_state` gave."""
+        values = json.loads(state)
+        self.codes = deque(values["codes"], maxlen=_KEPT)
+        self.count = values["count"]

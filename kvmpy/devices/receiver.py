@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 __all__ = ["FIFO_SIZE", "Receiver"]
 
@@ -65,3 +66,19 @@ class Receiver:
     def clear(self) -> None:
         """Empty the FIFO: drop what was looped back."""
         self._looped.clear()
+
+    def save(self) -> dict[str, int | list[int]]:
+        """All of it but the source, as JSON."""
+        return {
+            "looping": self.looping,
+            "depth": self.depth,
+            "overrun": self.overrun,
+            "looped": list(self._looped),
+            "backlog": list(self._backlog),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take what `save` gave."""
+        self.looping, self.depth = state["looping"], state["depth"]
+        self.overrun = state["overrun"]
+        self._looped, self._backlog = deque(state["looped"]), deque(state["backlog"])

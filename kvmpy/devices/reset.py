@@ -71,3 +71,11 @@ class ResetControl:
             self.on_reset()
         else:
             self._register = value & (_SYSTEM_RESET | _FULL_RESET)
+
+    def save_state(self) -> bytes:
+        """The register."""
+        return bytes([self._register])
+
+    def load_state(self, state: bytes) -> None:
+        """Take what `save_state` gave."""
+        (self._register,) = state

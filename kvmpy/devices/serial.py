@@ -13,6 +13,7 @@ numbers below are its. What a virtual line changes against the chip:
 - The modem lines say that the other side is there: CTS, DSR and DCD are on, RI is off.
 """
 
+import json
 from collections.abc import Callable
 
 from ..bus import ones
@@ -45,6 +46,7 @@ _LOOPED_LINES = (
     (_MCR_OUT1, _MSR_RI),
     (_MCR_OUT2, _MSR_DCD),
 )
+_STATE = ("_divisor", "_ier", "_fcr", "_lcr", "_mcr", "_scr", "_thre_pending", "_msr", "_line")
 _RESET_DIVISOR = 12  # 9600 baud from a PC's 1.8432 MHz; the chip itself starts with any value
 
 
@@ -82,6 +84,18 @@ class Serial16550A:
         """Append bytes for the guest to receive."""
         self._receiver.feed(data)
         self._update_line()
+
+    def save_state(self) -> bytes:
+        """The registers and what waits to be received, as JSON."""
+        registers = {name: getattr(self, name) for name in _STATE}
+        return json.dumps({**registers, "receiver": self._receiver.save()}).encode()
+
+    def load_state(self, state: bytes) -> None:
+        """Take what `save_state` gave."""
+        values = json.loads(state)
+        for name in _STATE:
+            setattr(self, name, values[name])
+        self._receiver.load(values["receiver"])
 
     def read(self, offset: int, size: int) -> int:
         """Read `size` registers from `offset` on, with the side effects of each."""

@@ -1,0 +1,199 @@
+"""Snapshots of a machine, going back to one, and new machines made from one."""
+
+from collections.abc import Callable, Iterator
+from time import perf_counter_ns
+from typing import Any, NamedTuple, Self
+
+from kvmpy.abi import lib
+from kvmpy.bus import Stateful
+from kvmpy.console import Console
+from kvmpy.errors import ConfigError
+from kvmpy.kvm import KVM
+from kvmpy.running import Running
+from kvmpy.snapshot import (
+    Config,
+    Snapshot,
+    capture,
+    load_cpu,
+    load_vm,
+    put_back,
+    same_shape,
+    save_cpu,
+    save_vm,
+)
+from kvmpy.vcpu import VCPU
+
+__all__ = ["Copying", "Restored"]
+
+
+class Restored(NamedTuple):
+    """What going back did: pages that had changed, their bytes, and the time that it took."""
+
+    pages: int
+    bytes: int
+    nanoseconds: int
+
+
+class Copying(Running):
+    """The part of a machine that is saved and restored."""
+
+    kvm: KVM
+    config: Config
+    _console: Console
+    _at: Snapshot | None = None  # that which the machine was at last
+
+    def snapshot(self) -> Snapshot:
+        """All of the machine as it is now: RAM, vCPUs, interrupt controllers, clock, devices.
+
+        Exits at hand are finished first. Only pages that changed since the machine's last
+        snapshot take memory. Devices take part that have `save_state` and `load_state`
+        (`kvmpy.bus.Stateful`). Not part of it: eventfds, statistics, what waits in `input`,
+        and the host's TSC where KVM does not give each guest its own.
+
+        Raises PendingExitError while an exit waits to be seen, ConfigError while a vCPU runs.
+        """
+        self._check_stopped()
+        for cpu in self.cpus:
+            cpu.finish()
+        msrs = tuple(self.kvm.get_msr_index_list())
+        cpus = tuple(save_cpu(cpu, msrs, apic=bool(self.vm.irqchip)) for cpu in self.cpus)
+        made = Snapshot(
+            config=self.config,
+            images=tuple(capture(region) for region in self.vm.memory),
+            cpus=cpus,
+            vm=save_vm(self.vm),
+            devices=dict(self._device_states()),
+            console=self._console.data(),
+            entry=self.entry,
+            parent=self._at,
+        )
+        self._at = made
+        return made
+
+    def restore(self, snapshot: Snapshot, *, across_backends: bool = False) -> Restored:
+        """Bring the whole machine back to a snapshot of it, or of another of the same shape.
+
+        Raises ConfigError for a snapshot with other RAM, vCPUs, interrupt controllers or
+        devices, and for one of another backend unless `across_backends`.
+        """
+        started = perf_counter_ns()
+        self._check_fits(snapshot, across_backends)
+        changed = 0
+        for cpu in self.cpus:
+            _drop_exit(cpu)
+        for region, image in zip(self.vm.memory, snapshot.images, strict=True):
+            changed += len(put_back(region, image))
+        if changed:
+            self.vm.drop_mappings()
+        self._load(snapshot)
+        return Restored(changed, changed * 4096, perf_counter_ns() - started)
+
+    def fork(self, attach: Callable[[Self], object] | None = None) -> Self:
+        """A second machine like this one; see `from_snapshot`."""
+        return self.from_snapshot(self.snapshot(), attach)
+
+    @classmethod
+    def from_snapshot(
+        cls,
+        snapshot: Snapshot,
+        attach: Callable[[Self], object] | None = None,
+        *,
+        across_backends: bool = False,
+        **options: Any,
+    ) -> Self:
+        """A new machine at a snapshot, which shares the snapshot's pages until it writes them.
+
+        `attach(machine)` attaches the devices that are not standard ones, before their state
+        is loaded. `options` are `output` and `input` of `Machine`. Raises ConfigError for a
+        device in the snapshot that nobody attached, and like `restore`.
+        """
+        unknown = options.keys() - {"output", "input"}
+        if unknown:
+            raise ConfigError(f"{', '.join(sorted(unknown))}: a copy is as the snapshot has it")
+        snapshot.check_backend(across_backends)
+        machine = cls._made_from(snapshot, options)
+        try:
+            if attach is not None:
+                attach(machine)
+            machine._load(snapshot)
+        except BaseException:
+            machine.vm.__exit__(*_NOTHING)
+            machine.kvm.close()
+            raise
+        return machine
+
+    @classmethod
+    def _made_from(cls, snapshot: Snapshot, options: dict[str, Any]) -> Self:
+        raise NotImplementedError
+
+    def _load(self, snapshot: Snapshot) -> None:
+        load_vm(self.vm, snapshot.vm)
+        for cpu, state in zip(self.cpus, snapshot.cpus, strict=True):
+            load_cpu(cpu, state)
+        self._load_devices(snapshot)
+        self._console.replace(snapshot.console)
+        self._ends.clear()
+        self.entry = snapshot.entry
+        self._at = snapshot
+
+    def _load_devices(self, snapshot: Snapshot) -> None:
+        found = dict(self._stateful())
+        missing = [name for name in snapshot.devices if name not in found]
+        if missing:
+            raise ConfigError(
+                f"the snapshot has the state of a device at {', '.join(missing)}, and this machine "
+                "has none there: attach it first (from_snapshot takes `attach`)"
+            )
+        for name, state in snapshot.devices.items():
+            found[name].load_state(state)
+
+    def _stateful(self) -> Iterator[tuple[str, Stateful]]:
+        """The devices that have a state, each once, by bus and address."""
+        seen = set()
+        for bus in (self.dispatch.ports, self.dispatch.mmio):
+            for claim in bus:
+                if isinstance(claim.device, Stateful) and id(claim.device) not in seen:
+                    seen.add(id(claim.device))
+                    yield f"{bus.kind} {claim.base:#x}", claim.device
+
+    def _device_states(self) -> Iterator[tuple[str, bytes]]:
+        for name, device in self._stateful():
+            state = device.save_state()
+            if not isinstance(state, bytes):
+                raise ConfigError(f"save_state of the device at {name} gave no bytes: {state!r}")
+            yield name, state
+
+    def _check_stopped(self) -> None:
+        self.vm.fd  # noqa: B018 - refuse a closed machine
+        for cpu in self.cpus:
+            if cpu.loop.running:
+                raise ConfigError(f"{cpu.what} is running: stop it first")
+
+    def _check_fits(self, snapshot: Snapshot, across_backends: bool) -> None:
+        self._check_stopped()
+        snapshot.check_backend(across_backends)
+        if not same_shape(list(self.vm.memory), snapshot.images):
+            raise ConfigError("the snapshot is of a machine with other RAM")
+        if len(snapshot.cpus) != len(self.cpus):
+            raise ConfigError(
+                f"the snapshot has {len(snapshot.cpus)} vCPUs, this machine {len(self.cpus)}"
+            )
+        if snapshot.config.irqchip != self.vm.irqchip:
+            raise ConfigError(
+                f"the snapshot has irqchip={snapshot.config.irqchip!r}, this machine "
+                f"{self.vm.irqchip!r}"
+            )
+
+
+_NOTHING = (None, None, None)
+
+
+def _drop_exit(cpu: VCPU) -> None:
+    """Finish the exit at hand without asking a device: what it does will be undone anyway."""
+    loop = cpu.loop
+    loop.open = loop.awaiting = loop.held = 0
+    loop.raw = True
+    while (code := lib.kvmpy_finish(loop)) == lib.KVMPY_EXIT:
+        loop.held = 0  # an access that was split: its other half
+    if code < 0:
+        raise cpu.run_error(-code)

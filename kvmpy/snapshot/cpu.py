@@ -1,0 +1,125 @@
+"""The state of a vCPU and of a VM's interrupt controllers, as KVM packs it.
+
+It is kept as bytes and written back as bytes: nothing is lost that kvmpy has no name for.
+"""
+
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from kvmpy.abi import IOCTLS
+from kvmpy.errors import ConfigError
+from kvmpy.interrupts import GsiRoute
+from kvmpy.vcpu import VCPU
+from kvmpy.vm import VM
+from kvmpy.x86.state import ClockData
+
+__all__ = ["CpuState", "VmState", "load_cpu", "load_vm", "save_cpu", "save_vm"]
+
+# In the order in which they are written back. The local APIC must be enabled (in SREGS) before its
+# registers count; the TSC-deadline timer (an MSR) needs the APIC's timer mode; MP_STATE and events
+# come last, since writing registers may take back what is pending.
+_ORDER: Final = (
+    "XCRS",
+    "SREGS",
+    "LAPIC",
+    "MSRS",
+    "XSAVE",
+    "REGS",
+    "DEBUGREGS",
+    "MP_STATE",
+    "VCPU_EVENTS",
+)
+_OF_APIC: Final = ("LAPIC",)
+_CHIPS: Final = range(3)
+_MORE_MSRS: Final = (0xC0000103,)  # TSC_AUX: not in every host's list
+
+CpuState = Mapping[str, bytes]
+"""Packed structs by the name of their ioctls, without GET_ and SET_; CPUID among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class VmState:
+    """What a VM has beside its RAM and its vCPUs; `chips` and `pit` are empty without them."""
+
+    clock: bytes
+    chips: tuple[bytes, ...] = ()
+    pit: bytes = b""
+    routes: tuple[GsiRoute, ...] | None = None
+
+
+_readable: dict[int, tuple[int, ...]] = {}
+
+
+def _msr_indices(vcpu: VCPU, listed: tuple[int, ...]) -> tuple[int, ...]:
+    """The MSRs that this host's vCPUs have; asked for one by one, once per process."""
+    process = os.getpid()
+    if process not in _readable:
+        _readable.clear()
+        found = []
+        for index in dict.fromkeys((*listed, *_MORE_MSRS)):
+            try:
+                vcpu.get_msrs([index])
+            except ConfigError:
+                continue
+            found.append(index)
+        _readable[process] = tuple(found)
+    return _readable[process]
+
+
+def save_cpu(vcpu: VCPU, listed: tuple[int, ...], *, apic: bool) -> CpuState:
+    """All of a vCPU's state; the exit at hand is finished first.
+
+    `listed` are the MSRs that KVM lists, `apic` says whether the local APIC is KVM's.
+    """
+    state: dict[str, bytes] = {}
+    for name in _ORDER:
+        if name == "MSRS":
+            values = vcpu.get_msrs(_msr_indices(vcpu, listed))
+            packed = b"".join(
+                struct.pack("<IIQ", index, 0, value) for index, value in values.items()
+            )
+            state[name] = packed
+        elif name == "XSAVE":
+            state[name] = vcpu.get_xsave()
+        elif apic or name not in _OF_APIC:
+            state[name] = vcpu.read_state(f"GET_{name}", IOCTLS[f"GET_{name}"].size)
+    state["CPUID2"] = b"".join(entry.pack() for entry in vcpu.get_cpuid2())
+    return state
+
+
+def load_cpu(vcpu: VCPU, state: CpuState) -> None:
+    """Write a vCPU's state, all but CPUID, which can be set before the first run only."""
+    vcpu.finish()
+    for name in _ORDER:
+        if name == "MSRS":
+            values = {index: value for index, _, value in struct.iter_unpack("<IIQ", state[name])}
+            # A host may list what it refuses to have written, the APIC's base without an APIC.
+            vcpu.set_msrs(values, strict=False)
+        elif name == "SREGS":
+            vcpu.set_packed_sregs(state[name])
+        elif name in state:
+            vcpu.write_state(f"SET_{name}", state[name])
+
+
+def save_vm(vm: VM) -> VmState:
+    """The clock, and interrupt controllers and PIT where they are KVM's."""
+    chips = tuple(vm.get_irqchip(chip) for chip in _CHIPS) if vm.irqchip == "full" else ()
+    pit = vm.get_pit() if vm.has_pit else b""
+    clock = ClockData(clock=vm.get_clock().clock).pack()
+    return VmState(clock, chips, pit, vm.gsi_routes)
+
+
+def load_vm(vm: VM, state: VmState) -> None:
+    """Write them; before the vCPUs' state."""
+    vm.set_clock(ClockData.unpack(state.clock))
+    for chip, packed in enumerate(state.chips):
+        vm.set_irqchip(chip, packed)
+    if state.pit:
+        if not vm.has_pit:
+            vm.create_pit()
+        vm.set_pit(state.pit)
+    if state.routes is not None:
+        vm.set_gsi_routing(state.routes)

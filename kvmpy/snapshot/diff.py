@@ -1,0 +1,107 @@
+"""What differs between two snapshots: pages, bytes, registers, devices."""
+
+import struct
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Final
+
+from kvmpy.errors import ConfigError
+from kvmpy.memory import PAGE_SIZE
+from kvmpy.x86.registers import Registers
+from kvmpy.x86.state import DebugRegisters, SpecialRegisters
+
+if TYPE_CHECKING:
+    from kvmpy.snapshot.snapshot import Snapshot
+
+__all__ = ["Difference", "difference"]
+
+TIME_STAMPS: Final = (0x10, 0x3B, 0xE7, 0xE8)  # IA32_TSC, _TSC_ADJUST, _MPERF, _APERF
+_TYPED: Final[dict[str, Any]] = {
+    "REGS": Registers,
+    "SREGS": SpecialRegisters,
+    "DEBUGREGS": DebugRegisters,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """From one snapshot to another. Each value is a pair: there, and in the other one.
+
+    `pages` are guest-physical addresses of pages; `bytes` counts those that differ in them.
+    `registers` have names such as "cpu0.rax" or "cpu0.msr 0xc0000080"; state that has no names
+    is told by that of its ioctl, "cpu0.XSAVE". Clocks that run on by themselves are left out:
+    the TSC and its like, and the VM's clock.
+    """
+
+    pages: tuple[int, ...]
+    bytes: int
+    registers: dict[str, tuple[Any, Any]]
+    devices: dict[str, tuple[Any, Any]]
+
+    def __bool__(self) -> bool:
+        return bool(self.pages or self.registers or self.devices)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.pages)} pages differ, in {self.bytes} bytes"]
+        lines += [f"  page {page:#x}" for page in self.pages]
+        for name, (one, other) in {**self.registers, **self.devices}.items():
+            lines.append(f"  {name}: {_shown(one)} -> {_shown(other)}")
+        return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:#x}"
+    if isinstance(value, bytes):
+        return value.hex() if len(value) <= 16 else f"{len(value)} bytes"
+    return str(value)
+
+
+def difference(one: "Snapshot", other: "Snapshot") -> Difference:
+    """Compare two snapshots; ConfigError where the machines have other RAM or vCPUs."""
+    shapes = [
+        ([(image.address, image.size) for image in snapshot.images], len(snapshot.cpus))
+        for snapshot in (one, other)
+    ]
+    if shapes[0] != shapes[1]:
+        raise ConfigError("snapshots of machines with other RAM or vCPUs have nothing to compare")
+    pages, count = [], 0
+    for here, there in zip(one.images, other.images, strict=True):
+        for page in here.differing(there):
+            pages.append(here.address + page * PAGE_SIZE)
+            count += sum(a != b for a, b in zip(here.read(page), there.read(page), strict=True))
+    registers: dict[str, tuple[Any, Any]] = {}
+    for number, (before, after) in enumerate(zip(one.cpus, other.cpus, strict=True)):
+        for name in dict.fromkeys((*before, *after)):
+            for part, pair in _state(name, before.get(name, b""), after.get(name, b"")).items():
+                registers[f"cpu{number}.{part}"] = pair
+    devices = {
+        name: (one.devices.get(name, b""), other.devices.get(name, b""))
+        for name in dict.fromkeys((*one.devices, *other.devices))
+        if one.devices.get(name) != other.devices.get(name)
+    }
+    if one.vm.chips != other.vm.chips:
+        devices["irqchip"] = (b"".join(one.vm.chips), b"".join(other.vm.chips))
+    if one.console != other.console:
+        devices["console"] = (one.console, other.console)
+    return Difference(tuple(pages), count, registers, devices)
+
+
+def _state(name: str, before: bytes, after: bytes) -> dict[str, tuple[Any, Any]]:
+    """The parts of one ioctl's struct that differ, by their names."""
+    if before == after:
+        return {}
+    if name == "MSRS":
+        one, other = ({i: v for i, _, v in struct.iter_unpack("<IIQ", d)} for d in (before, after))
+        return {
+            f"msr {index:#x}": (one.get(index), other.get(index))
+            for index in dict.fromkeys((*one, *other))
+            if one.get(index) != other.get(index) and index not in TIME_STAMPS
+        }
+    if name not in _TYPED or not before or not after:
+        return {name: (before, after)}
+    here, there = _TYPED[name].unpack(before), _TYPED[name].unpack(after)
+    return {
+        field.name: (getattr(here, field.name), getattr(there, field.name))
+        for field in fields(here)
+        if getattr(here, field.name) != getattr(there, field.name)
+    }
