@@ -19,6 +19,8 @@ __all__ = ["Translation", "VcpuState"]
 
 LAPIC_SIZE: Final = 1024
 _MSR = struct.Struct("<IIQ")
+_XSTATE_BV: Final = 512  # in the XSAVE area (SDM Vol.1 13.4.2)
+_X87_SSE: Final = 3
 _MSRS_AT_ONCE: Final = 128  # KVM takes fewer than 256 in one call
 
 
@@ -63,6 +65,11 @@ class VcpuState(Descriptor):
 
     def set_fpu(self, fpu: FPU) -> None:
         """Write x87 and SSE registers; KVM ignores `mxcsr`."""
+        area = bytearray(self.get_xsave())
+        if area[_XSTATE_BV] & _X87_SSE != _X87_SSE:
+            # KVM_SET_FPU does not say that they are in use: KVM_RUN would take initial values.
+            area[_XSTATE_BV] |= _X87_SSE
+            self.set_xsave(bytes(area))
         self.write_state("SET_FPU", fpu.pack())
 
     def get_xsave(self) -> bytes:
