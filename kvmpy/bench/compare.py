@@ -8,7 +8,7 @@ import numpy as np
 
 from kvmpy.bench.model import Case, Floats
 from kvmpy.bench.ranks import batches_needed, effective_size, holm, rank_test
-from kvmpy.bench.reference import baseline, quiet_ones
+from kvmpy.bench.reference import baseline
 from kvmpy.errors import ConfigError
 
 __all__ = ["LEVEL", "Comparison", "compare", "reference_change", "refuse_unlike", "table"]
@@ -22,6 +22,8 @@ _RESAMPLES: Final = 2000
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """A case in both results. `ratio` is the second's median to the first's, with a 95% interval.
+
+    Each batch counts in units of what the reference took around it (see `kvmpy.bench.reference`).
 
     `chance` is the rank test's, corrected for the number of comparisons. `effective` are the two
     sides' numbers of samples, taken for as many as they are worth (`ranks.effective_size`).
@@ -73,18 +75,18 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> list[Comparison]:
 
 def _sides(document: dict[str, Any]) -> dict[Case, _Side]:
     return {
-        Case(one["operation"], one["level"], one["mode"]): _side(
-            quiet_ones(one["batches"], (batch["disturbed"] for batch in one["batches"]))
-        )
+        Case(one["operation"], one["level"], one["mode"]): _side(one["batches"])
         for one in document["measurements"]
         if one["batches"]
     }
 
 
 def _side(batches: Sequence[dict[str, Any]]) -> _Side:
+    """All batches, each by what its reference took: what slowed down both takes itself off."""
+    units = [float(np.mean(batch["reference"] or 1.0)) for batch in batches]
     return _Side(
-        [np.array(batch["blocks"], np.float64) for batch in batches],
-        np.array([batch["median"] for batch in batches]),
+        [np.array(b["blocks"], np.float64) / unit for b, unit in zip(batches, units, strict=True)],
+        np.array([b["median"] / unit for b, unit in zip(batches, units, strict=True)]),
         sum(batch["count"] for batch in batches),
     )
 
@@ -146,8 +148,8 @@ def table(comparisons: Sequence[Comparison], first: dict[str, Any], second: dict
     backends = f"{one} against {other}" if unlike else one
     made = Table(
         title=f"Second result against the first, under {backends}",
-        caption=f"ratio of medians with its 95% interval; rank test of batches, corrected for "
-        f"{len(comparisons)} comparisons; effective: samples, for what the batches are worth",
+        caption="ratio of medians, by the reference; its 95% interval; rank test of batches, "
+        f"corrected for {len(comparisons)} comparisons; effective: what samples are worth",
     )
     for name in ("operation", "level", "mode"):
         made.add_column(name, no_wrap=True)
