@@ -10,11 +10,11 @@ ffibuilder = FFI()
 ffibuilder.cdef((HERE / "cdef.h").read_text())
 ffibuilder.set_source(
     "kvmpy._native",
-    '#include "calls.h"\n#include "pages.h"',
+    '#include "pages.h"\n#include "reset.h"',
     # Relative to setup.py, as setuptools wants them.
-    sources=["csrc/loop.c", "csrc/kick.c", "csrc/calls.c", "csrc/raise.c", "csrc/pages.c"],
+    sources=[f"csrc/{name}.c" for name in ("loop", "kick", "calls", "raise", "pages", "reset")],
     include_dirs=["csrc"],
-    depends=["csrc/loop.h", "csrc/calls.h", "csrc/pages.h", "csrc/cdef.h"],
+    depends=[f"csrc/{name}.h" for name in ("loop", "calls", "pages", "reset", "cdef")],
     extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wno-unused-parameter"],
     libraries=["rt", "pthread"],
     py_limited_api=True,

@@ -51,6 +51,18 @@ static void clean_up(const struct kvmpy_call *calls, uint32_t count, uint32_t fa
             close(results[calls[at].from]);
 }
 
+int kvmpy_make_calls(const struct kvmpy_call *calls, uint32_t count, uint32_t *failed)
+{
+    for (uint32_t at = 0; at < count; at++) {
+        int result = make(calls + at, NULL);
+        if (result < 0) {
+            *failed = at;
+            return result;
+        }
+    }
+    return 0;
+}
+
 int kvmpy_time_calls(const struct kvmpy_call *calls, uint32_t count, uint32_t first,
                      uint32_t last, uint32_t rounds, uint64_t *pairs, uint32_t *failed)
 {

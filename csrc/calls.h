@@ -33,6 +33,10 @@ struct kvmpy_call {
 int kvmpy_time_calls(const struct kvmpy_call *calls, uint32_t count, uint32_t first,
                      uint32_t last, uint32_t rounds, uint64_t *pairs, uint32_t *failed);
 
+/* Make all calls in order, however many; none of them may ask for what another one returned.
+ * 0, or -errno of the first that fails; `failed` is then its number. */
+int kvmpy_make_calls(const struct kvmpy_call *calls, uint32_t count, uint32_t *failed);
+
 /* A thread on a CPU of its own that makes the calls whenever it is asked to. */
 struct kvmpy_raiser {
     const struct kvmpy_call *calls;

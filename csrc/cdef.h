@@ -144,3 +144,70 @@ int64_t kvmpy_copy_pages(uint8_t *to, const uint8_t *from, uint64_t pages,
 int64_t kvmpy_write_pages(int fd, uint64_t offset, const uint8_t *start, uint64_t pages,
                           const uint64_t *bitmap);
 int kvmpy_remap(uint8_t *start, uint64_t size, int fd, uint64_t offset);
+
+/* csrc/reset.h: going back to a snapshot. */
+struct kvmpy_reset_region {
+    uint32_t slot;
+    uint64_t pages;
+    uint8_t *ram;
+    const uint8_t *saved;
+    uint64_t *dirty;
+    uint64_t *more;
+    uint64_t *tables;
+};
+
+struct kvmpy_reset_cpu {
+    struct kvmpy_loop *loop;
+    const uint8_t *sync;
+    uint64_t stale;
+    uint64_t paging[4];
+};
+
+struct kvmpy_reset {
+    int32_t vm;
+    uint32_t regions;
+    struct kvmpy_reset_region *region;
+    uint32_t cpus;
+    struct kvmpy_reset_cpu *cpu;
+    const struct kvmpy_call *calls;
+    uint32_t count;
+    uint32_t failed;
+    uint32_t spare_slot;
+    uint64_t spare_address;
+    void *spare_page;
+    uint32_t drop;
+    uint64_t looked;
+    uint64_t changed;
+    uint32_t paging;
+    uint64_t idle;
+};
+
+int kvmpy_reset(struct kvmpy_reset *reset);
+struct kvmpy_run {
+    int32_t code;
+    uint32_t reason;
+    uint64_t changed;
+    ...;
+};
+
+struct kvmpy_batch {
+    struct kvmpy_reset *reset;
+    struct kvmpy_loop *loop;
+    int64_t timeout_ns;
+    uint64_t max_exits;
+    uint32_t region;
+    uint64_t offset;
+    const uint8_t *data;
+    const uint64_t *ends;
+    uint32_t first;
+    uint32_t count;
+    struct kvmpy_run *runs;
+    const uint8_t *collect;
+    uint64_t collect_size;
+    uint8_t *collected;
+};
+
+int kvmpy_run_batch(struct kvmpy_batch *batch);
+void kvmpy_pause(struct kvmpy_loop *loop);
+void kvmpy_quiet(struct kvmpy_loop *loop);
+int kvmpy_resume(struct kvmpy_loop *loop, int64_t timeout_ns);

@@ -105,6 +105,7 @@ struct kvmpy_loop {
     uint32_t timer_thread;    /* serial of the thread that the timer signals; 0: no timer */
     int32_t timer_process;
     int32_t was_blocked;
+    uint32_t ticking;         /* the timer was left running by kvmpy_pause() */
     timer_t timer;
 };
 
@@ -118,6 +119,9 @@ static inline uint64_t kvmpy_clock(void)
 
 int kvmpy_begin(struct kvmpy_loop *loop, int64_t timeout_ns);
 void kvmpy_end(struct kvmpy_loop *loop);
+int kvmpy_resume(struct kvmpy_loop *loop, int64_t timeout_ns);
+void kvmpy_pause(struct kvmpy_loop *loop);
+void kvmpy_quiet(struct kvmpy_loop *loop);
 int kvmpy_run(struct kvmpy_loop *loop);
 void kvmpy_unread(struct kvmpy_loop *loop);
 int kvmpy_finish(struct kvmpy_loop *loop);

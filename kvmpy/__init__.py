@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from kvmpy.machine import Machine
     from kvmpy.memory import Memory
     from kvmpy.result import Result
+    from kvmpy.runs import Outcome, runs
     from kvmpy.snapshot import Snapshot
     from kvmpy.vcpu import VCPU
     from kvmpy.vm import VM
@@ -83,6 +84,7 @@ __all__ = [
     "MsrRead",
     "MsrWrite",
     "OtherExit",
+    "Outcome",
     "OverlapError",
     "PendingExitError",
     "PortIn",
@@ -96,6 +98,7 @@ __all__ = [
     "UnsupportedError",
     "assemble",
     "load_image",
+    "runs",
 ]
 
 # Where each name lives: the same as above, for the interpreter.
@@ -139,6 +142,7 @@ _HOMES = {
     "kvmpy.machine": ("Machine",),
     "kvmpy.memory": ("Memory",),
     "kvmpy.result": ("Result",),
+    "kvmpy.runs": ("Outcome", "runs"),
     "kvmpy.snapshot": ("Snapshot",),
     "kvmpy.vcpu": ("VCPU",),
     "kvmpy.vm": ("VM",),

@@ -97,6 +97,11 @@ class Dispatch:
         self.routes.actions = self._actions
         self._rebuild(self.mmio)
 
+    @property
+    def any_unclaimed(self) -> bool:
+        """Whether there was any access that nobody claimed."""
+        return any(one.total for one in self.unclaimed.values())
+
     def attach(self, bus: Bus, base: int, size: int, device: Device, name: str | None) -> Claim:
         """Claim addresses of a bus for a device, in C where the device is one of C's."""
         with self._lock:

@@ -6,7 +6,6 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 from kvmpy import modes
-from kvmpy.abi import address_of
 from kvmpy.attaching import Attaching
 from kvmpy.boot.image import load_image
 from kvmpy.boot.segments import Image
@@ -167,7 +166,7 @@ class Machine(Attaching, Copying):
                 offset=base.offset,
             )
             region.origin = image
-            image.add_increments(address_of(region.buffer))
+            image.add_increments(region.host_address)
 
     def _add_cpu(self, cpuid: bytes | None) -> None:
         cpu = self.vm.create_vcpu()

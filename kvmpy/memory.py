@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from typing import Final
 
+from kvmpy.abi import address_of
 from kvmpy.access import PAGE_SIZE, Bytes, GuestAccess
 from kvmpy.errors import AddressError, ClosedError, ConfigError, HostError
 
@@ -49,6 +50,9 @@ class Memory(GuestAccess):
         self.fd: int | None = None
         self.origin: object = None
         """What kvmpy's own snapshots note: the image that the region was made from or is in."""
+        self.written: bytearray | None = None
+        """Where `write` marks pages, a bit each, if anybody wants to know."""
+        self._viewed = self._given = False
         self._mmap = self._map(backing, fd, offset)
         if huge:
             self._advise_huge()
@@ -127,6 +131,20 @@ class Memory(GuestAccess):
         view = memoryview(data).cast("B")
         start = self._offset(address, len(view))
         self._open()[start : start + len(view)] = view
+        if self.written is not None and len(view):
+            for page in range(start // PAGE_SIZE, (start + len(view) - 1) // PAGE_SIZE + 1):
+                self.written[page >> 3] |= 1 << (page & 7)
+
+    def may_have_changed(self) -> bool:
+        """Whether a view or the buffer may have been written through since the last call."""
+        viewed = self._viewed
+        if viewed:
+            try:
+                self.check_no_views()
+            except BufferError:
+                return True
+            self._viewed = False
+        return viewed or self._given
 
     @property
     def view(self) -> memoryview:
@@ -134,12 +152,24 @@ class Memory(GuestAccess):
 
         The VM cannot be closed while it, or anything made from it, is alive.
         """
+        self._viewed = True
         return memoryview(self._open())
 
     @property
     def buffer(self) -> mmap.mmap:
         """The mapping itself."""
+        self._given = True
         return self._open()
+
+    @property
+    def mapping(self) -> mmap.mmap:
+        """The mapping, for those of kvmpy's own who mark in `written` what they write."""
+        return self._open()
+
+    @property
+    def host_address(self) -> int:
+        """Where the region lies in this process."""
+        return address_of(self._open())
 
     def _open(self) -> mmap.mmap:
         if self._mmap.closed:

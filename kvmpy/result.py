@@ -7,7 +7,7 @@ from kvmpy.exits import Exit
 from kvmpy.x86.exceptions import GuestException
 from kvmpy.x86.registers import Registers
 
-__all__ = ["OUTCOMES", "Result"]
+__all__ = ["CRASHES", "OUTCOMES", "Result"]
 
 OUTCOMES = {
     "halt": "the guest executed HLT",
@@ -26,20 +26,24 @@ OUTCOMES = {
 """The outcomes of a run and what each means. A run can also end by an exit that belongs to
 nothing in the machine, such as a breakpoint; its outcome is then that exit's kind."""
 
+CRASHES = ("shutdown", "internal-error", "fail-entry", "unclaimed", "exception")
+"""The outcomes of guests that died of their own fault."""
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """One run of one vCPU.
 
     `outcome` is one of `OUTCOMES`; `detail` says more, in words, where there is more.
-    `exits` counts this run's exits by kind, whoever served them; `seconds` is its duration;
-    `registers` are the general registers at its end. `value` is what the guest wrote to the
-    debug-exit device, `exception` what its ring-3 code raised, `exit` the exit that ended the
-    run, each None where there was none. `unclaimed` are lines on accesses nobody claimed.
+    `exits` counts this run's exits by kind, whoever served them; `seconds` is its duration.
+    `value` is what the guest wrote to the debug-exit device, `exception` what its ring-3 code
+    raised, `exit` the exit that ended the run, each None where there was none. `unclaimed` are
+    lines on accesses nobody claimed.
     """
 
     outcome: str
-    registers: Registers
+    packed: bytes = field(repr=False)
+    """struct kvm_regs, of which `registers` makes something when it is asked for."""
     seconds: float
     exits: Mapping[str, int] = field(default_factory=dict)
     detail: str = ""
@@ -49,10 +53,14 @@ class Result:
     unclaimed: tuple[str, ...] = ()
 
     @property
+    def registers(self) -> Registers:
+        """The general registers at the end."""
+        return Registers.unpack(self.packed)
+
+    @property
     def crashed(self) -> bool:
         """Whether the guest died of its own fault."""
-        crashes = ("shutdown", "internal-error", "fail-entry", "unclaimed", "exception")
-        return self.outcome in crashes
+        return self.outcome in CRASHES
 
     def __str__(self) -> str:
         text = OUTCOMES.get(self.outcome, self.outcome)

@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from kvmpy.abi import lib
+from kvmpy.counts import ExitCounts
 from kvmpy.dispatch import Dispatch
 from kvmpy.errors import ConfigError, PendingExitError
 from kvmpy.exits import (
+    OFFSET_REASON,
     Exit,
     FailEntry,
     Halt,
@@ -23,6 +25,7 @@ from kvmpy.serve import serve, serve_one, serve_posted
 from kvmpy.vcpu import NO_LIMIT, VCPU, nanoseconds
 from kvmpy.vm import VM
 from kvmpy.x86.exceptions import GuestException, decode_exception
+from kvmpy.x86.registers import Registers
 
 __all__ = ["Running"]
 
@@ -31,6 +34,7 @@ _OUTCOMES: Final = {
     lib.KVMPY_DEADLINE: "timeout",
     lib.KVMPY_MAX_EXITS: "max-exits",
 }
+_HALT: Final = 5  # KVM_EXIT_HLT
 _LAST: Final = (Halt, Shutdown, InternalError, FailEntry, Interrupted)
 
 
@@ -64,7 +68,7 @@ class Running:
         raised here, and so is KeyboardInterrupt; after either, the guest can be run on.
         """
         vcpu = self._ready(cpu)
-        limit, before, drain = _exit_limit(max_exits), vcpu.exit_counts(), self._drain(vcpu)
+        limit, before, drain = _exit_limit(max_exits), vcpu.counters(), self._drain(vcpu)
         started = time.perf_counter()
         loop = vcpu.begin(timeout, max_exits=limit)
         try:
@@ -76,8 +80,7 @@ class Running:
             drain()
             if code < 0:
                 raise vcpu.run_error(-code)
-            exit_ = decode(memoryview(vcpu.run_page)) if code == lib.KVMPY_EXIT else None
-            return self._result(vcpu, _OUTCOMES.get(code, ""), exit_, seconds, before)
+            return self._result(code, vcpu, seconds, before)
         except BaseException as error:
             lib.kvmpy_unread(loop)  # a signal handler's: the next run ends as this one would
             if isinstance(error, KeyboardInterrupt):
@@ -168,38 +171,38 @@ class Running:
                 self._finish_run("exception", str(exception), exception)
         return None
 
-    def _result(
-        self, vcpu: VCPU, outcome: str, exit_: Exit | None, seconds: float, before: dict[str, int]
-    ) -> Result:
-        detail, value = "", None
-        if outcome == "stopped" and vcpu in self._ends:
-            outcome, detail, value = self._ends[vcpu]
-        if exit_ is not None:
-            outcome, detail = _ending(exit_, vcpu)
-        counts = {
-            kind: count - before.get(kind, 0)
-            for kind, count in vcpu.exit_counts().items()
-            if count > before.get(kind, 0)
-        }
-        registers = vcpu.get_regs()
+    def _came_to(self, code: int, vcpu: VCPU) -> tuple[str, str, int | GuestException | None]:
+        """Outcome, detail and value of a run that ended with this number of the C loop's."""
+        if code == lib.KVMPY_STOPPED and vcpu in self._ends:
+            return self._ends.pop(vcpu)
+        if code != lib.KVMPY_EXIT:
+            return _OUTCOMES[code], "", None
+        if vcpu.run_page[OFFSET_REASON] == _HALT:  # by far the most frequent
+            return "halt", "", None
+        outcome, detail = _ending(decode(memoryview(vcpu.run_page)), vcpu)
+        return outcome, detail, None
+
+    def _result(self, code: int, vcpu: VCPU, seconds: float, before: bytes) -> Result:
+        exit_ = decode(memoryview(vcpu.run_page)) if code == lib.KVMPY_EXIT else None
+        outcome, detail, value = self._came_to(code, vcpu)
+        packed = vcpu.get_packed_regs()
         if isinstance(value, GuestException):
             # Those of the code that raised it, not of the stub that reported it.
+            registers = Registers.unpack(packed)
             registers.rip, registers.rsp = value.rip, value.rsp
             registers.rflags = value.rflags
-        result = Result(
+            packed = registers.pack()
+        return Result(
             outcome=outcome,
-            registers=registers,
+            packed=packed,
             seconds=seconds,
-            exits=counts,
+            exits=ExitCounts(before, vcpu.counters()),
             detail=detail,
             value=value if isinstance(value, int) else None,
             exception=value if isinstance(value, GuestException) else None,
             exit=exit_,
-            unclaimed=tuple(self.unclaimed()),
+            unclaimed=tuple(self.unclaimed()) if self.dispatch.any_unclaimed else (),
         )
-        if vcpu in self._ends:
-            del self._ends[vcpu]
-        return result
 
     def unclaimed(self) -> list[str]:
         """A line for each address at which accesses found no device, with their number."""

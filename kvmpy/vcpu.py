@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 from kvmpy.abi import address_of, ffi, host_error, lib
+from kvmpy.counts import ExitCounts
 from kvmpy.errors import ConfigError, HostError, PendingExitError
 from kvmpy.exits import (
     OFFSET_DIRTY_REGS,
@@ -64,6 +65,7 @@ class VCPU(VcpuRegisters):
         """Serves what finishing an exit brings up; a machine sets it."""
         self.loop: Any = ffi.new("struct kvmpy_loop *")
         """The C loop's view of this vCPU (csrc/loop.h)."""
+        self._counters = memoryview(ffi.buffer(ffi.addressof(self.loop, "exits")))
         self._process = os.getpid()
         self._closing = threading.RLock()  # kick() touches the mapping, from any thread
         try:
@@ -240,12 +242,11 @@ class VCPU(VcpuRegisters):
 
     def exit_counts(self) -> dict[str, int]:
         """How many exits of each kind there have been, in C and in Python alike."""
-        half = lib.KVMPY_REASONS
-        return {
-            exit_kind(number % half, number >= half): count
-            for number, count in enumerate(ffi.unpack(self.loop.exits, 2 * half))
-            if count
-        }
+        return dict(ExitCounts(bytes(len(self._counters)), self.counters()))
+
+    def counters(self) -> bytes:
+        """The C loop's counters of exits, copied; see `ExitCounts`."""
+        return bytes(self._counters)
 
     def drain_ring(self) -> Iterator[tuple[bool, int, int, int]]:
         """Take the writes out of the VM's coalesced ring: (is a port, address, size, value).

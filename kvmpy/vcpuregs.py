@@ -14,15 +14,24 @@ from typing import Any, Final
 from kvmpy.errors import ClosedError, ConfigError, HostError
 from kvmpy.exits import OFFSET_CR8, OFFSET_DIRTY_REGS, OFFSET_SYNC, OFFSET_VALID_REGS
 from kvmpy.vcpustate import VcpuState
+from kvmpy.x86.events import VcpuEvents
 from kvmpy.x86.registers import Registers
 from kvmpy.x86.state import SpecialRegisters
 
-__all__ = ["REGS", "SREGS", "SYNC_REGS", "SYNC_SREGS", "VcpuRegisters"]
+__all__ = ["REGS", "SREGS", "SYNC_EVENTS", "SYNC_REGS", "SYNC_SREGS", "VcpuRegisters"]
 
 SYNC_REGS: Final = 1  # KVM_SYNC_X86_REGS
 SYNC_SREGS: Final = 2  # KVM_SYNC_X86_SREGS
+SYNC_EVENTS: Final = 4  # KVM_SYNC_X86_EVENTS
 REGS: Final = slice(OFFSET_SYNC, OFFSET_SYNC + Registers.SIZE)
 SREGS: Final = slice(REGS.stop, REGS.stop + SpecialRegisters.SIZE)
+EVENTS: Final = slice(SREGS.stop, SREGS.stop + VcpuEvents.SIZE)
+# In the order in which KVM_RUN takes them.
+_WAITING: Final = (
+    (SYNC_SREGS, "SET_SREGS", SREGS),
+    (SYNC_REGS, "SET_REGS", REGS),
+    (SYNC_EVENTS, "SET_VCPU_EVENTS", EVENTS),
+)
 
 
 class VcpuRegisters(VcpuState):
@@ -36,8 +45,8 @@ class VcpuRegisters(VcpuState):
         super().__init__(fd, what)
         self._run: mmap.mmap | None = None
         self._runner = 0  # the thread that runs the vCPU, or ran it last
-        # How often it had been entered when an ioctl last outdated the mapping.
-        self._stale = 0
+        self.outdated_at = 0
+        """How often it had been entered when an ioctl last outdated the mapping."""
         self._written_sregs = b""  # KVM fills the mapping again also when it refuses them
 
     @property
@@ -61,7 +70,11 @@ class VcpuRegisters(VcpuState):
         self.finish()
         self._flush()
         if writing:  # an MSR is EFER or a segment's base, the LAPIC has CR8, and so on
-            self._stale = self.loop.entries
+            self.outdated_at = self.loop.entries
+
+    def outdate(self) -> None:
+        """What the mapping says of the registers counts no more: somebody wrote others."""
+        self.outdated_at = self.loop.entries
 
     def _check_mine(self) -> None:
         self.run_page  # noqa: B018
@@ -76,25 +89,29 @@ class VcpuRegisters(VcpuState):
     @sync_regs.setter
     def sync_regs(self, bits: int) -> None:
         self.run_page[OFFSET_VALID_REGS] = bits & self.can_sync
-        self._stale = self.loop.entries  # the last exit brought along what was asked for then
+        self.outdated_at = self.loop.entries  # the last exit brought along what was asked for then
 
     def _in_page(self, bit: int) -> bool:
         """Whether the mapping has the current values of a set of registers."""
         page = self.run_page
         if page[OFFSET_DIRTY_REGS] & bit:
             return True
-        return bool(page[OFFSET_VALID_REGS] & bit and self.loop.entries > self._stale)
+        return bool(page[OFFSET_VALID_REGS] & bit and self.loop.entries > self.outdated_at)
 
     def get_regs(self) -> Registers:
         """The general registers, RIP and RFLAGS, as they were at the last exit.
 
         At an IN or OUT exit, RIP may be on either side of the instruction: `finish` first.
         """
+        return Registers.unpack(self.get_packed_regs())
+
+    def get_packed_regs(self) -> bytes:
+        """The same as struct kvm_regs."""
         if self._in_page(SYNC_REGS):
-            return Registers.unpack(self.run_page[REGS])
+            return self.run_page[REGS]
         buffer = bytearray(Registers.SIZE)
         self.ioctl("GET_REGS", buffer)
-        return Registers.unpack(buffer)
+        return bytes(buffer)
 
     def set_regs(self, registers: Registers) -> None:
         """Write the general registers, RIP and RFLAGS, once the exit at hand is finished."""
@@ -167,8 +184,8 @@ class VcpuRegisters(VcpuState):
     def _flush(self) -> None:
         """Hand registers that wait in the mapping to KVM, for ioctls that look at them."""
         page = self.run_page
-        for bit, name, where in ((SYNC_SREGS, "SET_SREGS", SREGS), (SYNC_REGS, "SET_REGS", REGS)):
+        for bit, name, where in _WAITING:
             if page[OFFSET_DIRTY_REGS] & bit:
                 page[OFFSET_DIRTY_REGS] &= ~bit
-                self._stale = self.loop.entries
+                self.outdated_at = self.loop.entries
                 self._set(name, page[where])

@@ -34,6 +34,8 @@ class VM(InterruptController):
         super().__init__(fd, "the VM")
         self.memory = AddressSpace()
         self.vcpus: list[VCPU] = []
+        self.logs_for_reset = False
+        """Whether the dirty log is kvmpy's own (see `snapshot.reset`)."""
         self._vcpu_mmap_size = vcpu_mmap_size
         self._sync_regs = self.check_extension("SYNC_REGS")
         self._ring_page = self.check_extension("COALESCED_MMIO")
@@ -123,7 +125,7 @@ class VM(InterruptController):
     def _set_slot(self, region: Memory, size: int) -> None:
         flags = region.log_dirty * _LOG_DIRTY | region.readonly * _READONLY
         packed = struct.pack(
-            "<IIQQQ", region.slot, flags, region.address, size, address_of(region.buffer)
+            "<IIQQQ", region.slot, flags, region.address, size, region.host_address
         )
         self.ioctl("SET_USER_MEMORY_REGION", bytearray(packed), f"for {region!r}")
 
@@ -156,16 +158,20 @@ class VM(InterruptController):
         hint = "add the memory with log_dirty=True; first_page is a multiple of 64, and so is "
         self.ioctl("CLEAR_DIRTY_LOG", request, hint + "pages, but for the last of the region")
 
+    def spare_slot(self) -> tuple[int, int]:
+        """The number of a slot that is free, and an address that no RAM is at."""
+        end = max((region.end for region in self.memory), default=0)
+        return self._free_slot(), end
+
     def drop_mappings(self) -> None:
         """Have KVM forget what it has derived from the guest's page tables.
 
         With shadow paging, and in a processor's TLB, that stays when the host writes page tables
         without the guest: deleting any memory slot ends it (KVM API, 4.35).
         """
-        end = max((region.end for region in self.memory), default=0)
-        slot, page = self._free_slot(), mmap.mmap(-1, PAGE_SIZE)
+        (slot, address), page = self.spare_slot(), mmap.mmap(-1, PAGE_SIZE)
         for size in (PAGE_SIZE, 0):
-            packed = struct.pack("<IIQQQ", slot, 0, end, size, address_of(page))
+            packed = struct.pack("<IIQQQ", slot, 0, address, size, address_of(page))
             self.ioctl("SET_USER_MEMORY_REGION", bytearray(packed))
         page.close()
 

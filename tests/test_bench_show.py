@@ -11,12 +11,13 @@ import pytest
 
 from kvmpy import ConfigError
 from kvmpy.bench import selftest
-from kvmpy.bench.calls import Call, close, ioctl, raiser, timed, write
+from kvmpy.bench.calls import raiser, timed
 from kvmpy.bench.measurement import Measurement
 from kvmpy.bench.model import Batch, Case, Conditions, Unmeasured
 from kvmpy.bench.plot import check_suffix, plot
 from kvmpy.bench.runner import pinning
 from kvmpy.bench.waterfall import PARTS, waterfalls
+from kvmpy.calls import Call, close, ioctl, write
 from kvmpy.errors import HostError
 from kvmpy.kvm import KVM
 

@@ -16,6 +16,7 @@ from kvmpy.bus import Stateful
 from kvmpy.devices import Capture, Counter, PostCode, Serial16550A
 from kvmpy.devices.reset import ResetControl
 from kvmpy.memory import PAGE_SIZE
+from kvmpy.snapshot.diff import _without_in_use
 from kvmpy.x86.state import MPState
 
 pytestmark = pytest.mark.usefixtures("kvm_host")
@@ -103,7 +104,7 @@ def end_state(machine: Machine) -> tuple[Any, ...]:
         result.value,
         cpu.get_regs(),
         cpu.get_sregs(),
-        cpu.get_xsave(),
+        _without_in_use(cpu.get_xsave()),
         machine.memory.read(0, MEMORY),
         device.device.value,
         machine.console,

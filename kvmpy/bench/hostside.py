@@ -14,8 +14,9 @@ from typing import Final, NamedTuple, TypeAlias
 import numpy as np
 
 from kvmpy.abi import IOCTLS, address_of, lib
-from kvmpy.bench.calls import Call, close, ioctl, timed
+from kvmpy.bench.calls import timed
 from kvmpy.bench.model import Batch, Case, Conditions, Operation, Unmeasured
+from kvmpy.calls import Call, close, ioctl
 from kvmpy.errors import KvmpyError, UnsupportedError
 from kvmpy.exits import OFFSET_DIRTY_REGS, OFFSET_IMMEDIATE_EXIT, OFFSET_VALID_REGS
 from kvmpy.machine import Machine
@@ -54,7 +55,7 @@ def _vcpu_create(machine: Machine) -> Listed:
 
 def _vm_close(machine: Machine) -> Listed:
     (region,) = machine.memory
-    slot = struct.pack("<IIQQQ", 0, 0, 0, region.size, address_of(region.buffer))
+    slot = struct.pack("<IIQQQ", 0, 0, 0, region.size, region.host_address)
     calls = [
         ioctl("CREATE_VM", machine.kvm.fd),
         ioctl("SET_USER_MEMORY_REGION", argument=bytearray(slot), of=0),
@@ -66,7 +67,7 @@ def _vm_close(machine: Machine) -> Listed:
 
 
 def _slot(machine: Machine, timed_call: int) -> Listed:
-    host = address_of(next(iter(machine.memory)).buffer)
+    host = next(iter(machine.memory)).host_address
     add, delete = (
         bytearray(struct.pack("<IIQQQ", _SLOT, 0, _SPARE, size, host))
         for size in (next(iter(machine.memory)).size, 0)
@@ -144,7 +145,7 @@ def _dirty(pages: int, machine: Machine) -> tuple[bytearray, bytearray]:
     """Log a region of so many pages, all of them dirty from the start; its bitmap and slot."""
     machine.vm.enable_cap("MANUAL_DIRTY_LOG_PROTECT2", _MANUAL)
     region = machine.vm.add_memory(_SPARE, pages * PAGE_SIZE, log_dirty=True)
-    host = address_of(region.buffer)
+    host = region.host_address
     slot = struct.pack("<IIQQQ", region.slot, _LOG_DIRTY, _SPARE, region.size, host)
     return bytearray(-(-pages // 64) * 8), bytearray(slot)
 

@@ -14,12 +14,13 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 
 from kvmpy.abi import lib, pack
-from kvmpy.bench.calls import Call, Raiser, ioctl, kick, raiser, run_for, timed, write
+from kvmpy.bench.calls import Raiser, raiser, timed
 from kvmpy.bench.guest import GuestBench, Kind
 from kvmpy.bench.model import MODES, Batch, Case, Conditions, Operation, Unmeasured
 from kvmpy.bench.takes import nothing
 from kvmpy.boot import load_image
 from kvmpy.boot.guests import guests_directory
+from kvmpy.calls import Call, ioctl, kick, run_for, write
 from kvmpy.errors import KvmpyError, UnsupportedError
 from kvmpy.exits import PortOut, decode
 from kvmpy.interrupts import IOAPIC, IrqchipRoute, MsiRoute

@@ -4,7 +4,6 @@ A PC's diagnostic card shows the last one (IBM PC/AT Technical Reference, "POST"
 writes to the same port for a short delay, so codes may arrive that mean nothing.
 """
 
-import json
 from collections import deque
 
 from ..bus import ones
@@ -46,10 +45,14 @@ class PostCode:
 
     def save_state(self) -> bytes:
         """The codes and their number, as JSON."""
+        import json  # slow to load, and most machines are never saved
+
         return json.dumps({"codes": list(self.codes), "count": self.count}).encode()
 
     def load_state(self, state: bytes) -> None:
         """Take what `save_state` gave."""
+        import json
+
         values = json.loads(state)
         self.codes = deque(values["codes"], maxlen=_KEPT)
         self.count = values["count"]

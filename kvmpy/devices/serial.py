@@ -13,7 +13,6 @@ numbers below are its. What a virtual line changes against the chip:
 - The modem lines say that the other side is there: CTS, DSR and DCD are on, RI is off.
 """
 
-import json
 from collections.abc import Callable
 
 from ..bus import ones
@@ -87,11 +86,15 @@ class Serial16550A:
 
     def save_state(self) -> bytes:
         """The registers and what waits to be received, as JSON."""
+        import json  # slow to load, and most machines are never saved
+
         registers = {name: getattr(self, name) for name in _STATE}
         return json.dumps({**registers, "receiver": self._receiver.save()}).encode()
 
     def load_state(self, state: bytes) -> None:
         """Take what `save_state` gave."""
+        import json
+
         values = json.loads(state)
         for name in _STATE:
             setattr(self, name, values[name])

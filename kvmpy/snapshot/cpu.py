@@ -16,12 +16,12 @@ from kvmpy.vcpu import VCPU
 from kvmpy.vm import VM
 from kvmpy.x86.state import ClockData
 
-__all__ = ["CpuState", "VmState", "load_cpu", "load_vm", "save_cpu", "save_vm"]
+__all__ = ["ORDER", "CpuState", "VmState", "load_cpu", "load_vm", "save_cpu", "save_vm"]
 
 # In the order in which they are written back. The local APIC must be enabled (in SREGS) before its
 # registers count; the TSC-deadline timer (an MSR) needs the APIC's timer mode; MP_STATE and events
 # come last, since writing registers may take back what is pending.
-_ORDER: Final = (
+ORDER: Final = (
     "XCRS",
     "SREGS",
     "LAPIC",
@@ -75,7 +75,7 @@ def save_cpu(vcpu: VCPU, listed: tuple[int, ...], *, apic: bool) -> CpuState:
     `listed` are the MSRs that KVM lists, `apic` says whether the local APIC is KVM's.
     """
     state: dict[str, bytes] = {}
-    for name in _ORDER:
+    for name in ORDER:
         if name == "MSRS":
             values = vcpu.get_msrs(_msr_indices(vcpu, listed))
             packed = b"".join(
@@ -93,7 +93,7 @@ def save_cpu(vcpu: VCPU, listed: tuple[int, ...], *, apic: bool) -> CpuState:
 def load_cpu(vcpu: VCPU, state: CpuState) -> None:
     """Write a vCPU's state, all but CPUID, which can be set before the first run only."""
     vcpu.finish()
-    for name in _ORDER:
+    for name in ORDER:
         if name == "MSRS":
             values = {index: value for index, _, value in struct.iter_unpack("<IIQ", state[name])}
             # A host may list what it refuses to have written, the APIC's base without an APIC.

@@ -151,7 +151,7 @@ def own_pages(region: Memory) -> Bitmap:
     marked = _empty(pages)
     pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        start = _pointer(address_of(region.buffer))
+        start = _pointer(region.host_address)
         result = lib.kvmpy_own_pages(pagemap, start, pages, _words(marked))
     finally:
         os.close(pagemap)
@@ -165,7 +165,7 @@ def capture(region: Memory) -> Image:
     The region then comes from what is returned, unless its backing is another's file.
     """
     origin = region.origin
-    pages, start = region.size // PAGE_SIZE, _pointer(address_of(region.buffer))
+    pages, start = region.size // PAGE_SIZE, _pointer(region.host_address)
     marked = own_pages(region)
     if isinstance(origin, Image):
         there = _pointer(address_of(origin.view()))
@@ -205,7 +205,7 @@ def _derive(region: Memory, image: Image) -> None:
     """Have a region of kvmpy's own map an image, copy-on-write."""
     if region.backing == "shared":
         return
-    start, base = address_of(region.buffer), image.base
+    start, base = region.host_address, image.base
     result = lib.kvmpy_remap(_pointer(start), region.size, base.fd, base.offset)
     _checked(result, f"mapping the snapshot of {region!r}")
     region.origin = image
@@ -214,7 +214,7 @@ def _derive(region: Memory, image: Image) -> None:
 
 def put_back(region: Memory, image: Image) -> list[int]:
     """Bring a region to what an image holds; the numbers of the pages that differed."""
-    pages, start = region.size // PAGE_SIZE, _pointer(address_of(region.buffer))
+    pages, start = region.size // PAGE_SIZE, _pointer(region.host_address)
     origin = region.origin
     near = isinstance(origin, Image) and origin.base is image.base
     marked = own_pages(region) if near else _full(pages)

@@ -1,0 +1,272 @@
+"""One prepared guest, run once for each input: a loop of resets, without a machine for each."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
+
+from kvmpy.abi import ffi, lib
+from kvmpy.errors import AddressError, ConfigError
+from kvmpy.exits import OFFSET_REASON
+from kvmpy.machine import Machine
+from kvmpy.memory import Memory
+from kvmpy.result import CRASHES
+from kvmpy.serve import serve
+from kvmpy.snapshot import Snapshot
+from kvmpy.vcpu import NO_LIMIT, nanoseconds
+from kvmpy.x86.exceptions import GuestException
+from kvmpy.x86.registers import Registers
+
+__all__ = ["Outcome", "WriteTo", "runs"]
+
+_T = TypeVar("_T")
+WriteTo: TypeAlias = int | Callable[[Machine, Any], object] | None
+"""Where an input goes: a guest-physical address, or a function of the machine and the input."""
+
+_EXIT: Final = lib.KVMPY_EXIT
+_HALT: Final = 5  # KVM_EXIT_HLT
+_RUN_SIZE: Final = ffi.sizeof("struct kvmpy_run")
+_RUN_REGS: Final = _RUN_SIZE - Registers.SIZE  # struct kvm_regs is the last of it
+_FASTEST_BEAT_NS: Final = 1_000_000
+_OVER: Final = lib.KVMPY_MAX_EXITS  # numbers up to this one end a run
+
+
+class Outcome(NamedTuple, Generic[_T]):
+    """What became of one input.
+
+    `outcome`, `detail` and `value` are as in `Result`; `exception` is what ring-3 code raised.
+    `packed` are the general registers at the end. `machine` is the machine as the run has left it:
+    good for a look until the next outcome is asked for. `collected` are the bytes that were asked
+    for.
+    """
+
+    input: _T
+    outcome: str
+    detail: str
+    value: int | None
+    exception: GuestException | None
+    packed: bytes
+    collected: bytes
+    machine: Machine
+
+    @property
+    def registers(self) -> Registers:
+        """The general registers at the end."""
+        return Registers.unpack(self.packed)
+
+    @property
+    def crashed(self) -> bool:
+        """Whether the guest died of its own fault."""
+        return self.outcome in CRASHES
+
+
+def runs(
+    snapshot: Snapshot,
+    inputs: Iterable[_T],
+    write_to: WriteTo = None,
+    *,
+    timeout: float | None = None,
+    max_exits: int | None = None,
+    scope: str = "all",
+    batch: int = 1,
+    collect: tuple[int, int] | None = None,
+    attach: Callable[[Machine], object] | None = None,
+    machine: Machine | None = None,
+) -> Iterator[Outcome[_T]]:
+    """Run the guest once from `snapshot` for each input, and say what became of it.
+
+    Each input is written to `write_to` after the machine was reset: at an address (the input is
+    bytes then), or by a function `f(machine, input)`. `timeout` is in seconds, for each run.
+    `scope` is that of `Machine.reset_to`. With `collect`, an address and a size, so many bytes
+    of RAM at the end of each run are the outcome's `collected`.
+
+    With `batch` above 1, so many inputs are run before the first of their outcomes is given, which
+    halves the time of a short run; `outcome.machine` is then no more as that run has left it.
+
+    The machine is a new one, with `attach` as in `Machine.from_snapshot`, unless `machine` is
+    given, which is left open. Raises AddressError for an input that does not fit into RAM at that
+    address. A device's exception is raised as it is; what guests do to themselves is an outcome.
+    """
+    limit = NO_LIMIT if max_exits is None else max_exits
+    if not 0 < limit <= NO_LIMIT:
+        raise ConfigError(f"max_exits={max_exits}: give 1 or more, or None for no limit")
+    if batch < 1:
+        raise ConfigError(f"batch={batch}: give 1 or more")
+    time, mine = nanoseconds(timeout), machine is None
+    if machine is None:
+        machine = Machine.from_snapshot(snapshot, attach)
+    loop, before = machine.cpus[0].loop, machine.cpus[0].loop.heartbeat_ns
+    try:
+        machine.reset_to(snapshot, scope)
+        if time >= 0:  # a deadline is seen at a heartbeat
+            loop.heartbeat_ns = min(before, max(_FASTEST_BEAT_NS, time // 4))
+        if machine.has_native_state or callable(write_to):
+            batch = 1  # between two runs there is something to do in Python
+        prepared = _Prepared(machine, write_to, collect, batch)
+        prepared.native.timeout_ns, prepared.native.max_exits = time, limit
+        for chunk in _chunks(inputs, batch):
+            if machine.resetter is not prepared.resetter:  # gone to another snapshot meanwhile
+                machine.reset_to(snapshot, scope)
+                prepared.use(machine.resetter)
+            yield from _run(prepared, chunk)
+    finally:
+        lib.kvmpy_quiet(loop)
+        loop.heartbeat_ns = before
+        if mine:
+            machine.__exit__(None, None, None)
+
+
+def _chunks(inputs: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    left = iter(inputs)
+    while chunk := list(islice(left, size)):
+        yield chunk
+
+
+class _Prepared:
+    """A machine at the snapshot, where its inputs go, and what C works with (csrc/reset.h)."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        write_to: WriteTo,
+        collect: tuple[int, int] | None,
+        batch: int,
+    ) -> None:
+        self.machine = machine
+        self.write = write_to if callable(write_to) else None
+        self.native = made = ffi.new("struct kvmpy_batch *")
+        made.loop = machine.cpus[0].loop
+        self.use(machine.resetter)
+        self.room, self.address = 0, write_to
+        if isinstance(write_to, int):
+            region = self._region(write_to, 1)
+            logged = [one for one in machine.memory if not one.readonly]
+            made.region, made.offset = logged.index(region), write_to - region.address
+            self.room = region.end - write_to
+        elif self.write is None and write_to is not None:
+            raise ConfigError(f"write_to={write_to!r}: give an address, or a function")
+        self.collected = bytearray(batch * collect[1] if collect else 0)
+        self.size = 0
+        if collect:
+            address, self.size = collect
+            region = self._region(address, self.size)
+            start = region.host_address + address - region.address
+            made.collect, made.collect_size = ffi.cast("uint8_t *", start), self.size
+            made.collected = self._room = ffi.from_buffer(self.collected, require_writable=True)
+        self.runs = made.runs = ffi.new("struct kvmpy_run[]", batch)
+        self.ends = made.ends = ffi.new("uint64_t[]", batch)
+        self.registers = memoryview(ffi.buffer(self.runs))
+
+    def use(self, resetter: Any) -> None:
+        """Go back with that."""
+        self.resetter = resetter
+        self.native.reset = resetter.native
+
+    def _region(self, address: int, size: int) -> Memory:
+        for region in self.machine.memory:
+            if region.address <= address and address + size <= region.end and not region.readonly:
+                return region
+        raise AddressError(f"{size} bytes at {address:#x} are not in writable RAM")
+
+    def take(self, chunk: list[Any]) -> Any:
+        """Give C the inputs; what has to be kept alive until it is done."""
+        if not self.room:
+            return None
+        end = 0
+        for at, one in enumerate(chunk):
+            size = len(one)
+            if size > self.room:
+                raise AddressError(
+                    f"an input of {size} bytes at {self.address:#x} does not fit into the RAM there"
+                )
+            end += size
+            self.ends[at] = end
+        data = ffi.from_buffer(chunk[0] if len(chunk) == 1 else b"".join(chunk))
+        self.native.data = data
+        return data
+
+    def finish(self, at: int) -> None:
+        """Note what C notes of a run that it ends itself."""
+        vcpu = self.machine.cpus[0]
+        self.runs[at].reason = vcpu.run_page[OFFSET_REASON]
+        start = at * _RUN_SIZE + _RUN_REGS
+        self.registers[start : start + Registers.SIZE] = vcpu.get_packed_regs()
+        if self.size:
+            there = ffi.buffer(self.native.collect, self.size)
+            self.collected[at * self.size : (at + 1) * self.size] = there[:]
+
+    def packed(self, at: int) -> bytes:
+        """The general registers after that run."""
+        start = at * _RUN_SIZE + _RUN_REGS
+        return bytes(self.registers[start : start + Registers.SIZE])
+
+
+def _run(prepared: _Prepared, chunk: list[_T]) -> Iterator[Outcome[_T]]:
+    """Run a chunk of inputs; their outcomes."""
+    machine, native, runs = prepared.machine, prepared.native, prepared.runs
+    kept, done, total = prepared.take(chunk), 0, len(chunk)
+    native.count = total
+    machine.cpus[0]._runner = threading.get_ident()
+    while done < total:
+        machine.before_reset()
+        native.first = first = done
+        try:
+            try:
+                done = _call(prepared, chunk)
+                over = runs[done - 1].code
+                if over > _OVER:
+                    runs[done - 1].code = over = _serve(prepared, done - 1)
+            finally:
+                lib.kvmpy_pause(native.loop)
+            if over < 0:
+                raise machine.cpus[0].run_error(-over)
+        except BaseException:
+            lib.kvmpy_unread(native.loop)
+            raise
+        # All of them before the first is given: the machine is still as the last run left it.
+        yield from [_outcome(prepared, chunk[at], at) for at in range(first, done)]
+    del kept
+
+
+def _call(prepared: _Prepared, chunk: list[_T]) -> int:
+    native = prepared.native
+    if prepared.write is None:
+        done: int = lib.kvmpy_run_batch(native)
+        if done < 0:
+            raise prepared.resetter.error(-done)
+        return done
+    prepared.resetter.reset()
+    prepared.write(prepared.machine, chunk[0])
+    loop = native.loop
+    loop.exits_left = native.max_exits
+    code = lib.kvmpy_resume(loop, native.timeout_ns) or lib.kvmpy_run(loop)
+    prepared.runs[0].code = code
+    if 0 <= code <= _OVER:
+        prepared.finish(0)
+    return 1
+
+
+def _serve(prepared: _Prepared, at: int) -> int:
+    """Go on with a run that needs Python."""
+    machine, loop = prepared.machine, prepared.native.loop
+    drain = machine._drain(machine.cpus[0])
+    loop.awaiting = 0  # the access is handed over once more
+    code = serve(lib.kvmpy_run, loop, machine.dispatch, drain)
+    drain()
+    if code >= 0:
+        prepared.finish(at)
+    return code
+
+
+def _outcome(prepared: _Prepared, given: _T, at: int) -> Outcome[_T]:
+    machine, code = prepared.machine, prepared.runs[at].code
+    size = prepared.size
+    collected = bytes(prepared.collected[at * size : (at + 1) * size]) if size else b""
+    packed = prepared.packed(at)
+    if code == _EXIT and prepared.runs[at].reason == _HALT:
+        return Outcome(given, "halt", "", None, None, packed, collected, machine)
+    outcome, detail, value = machine._came_to(code, machine.cpus[0])
+    if isinstance(value, GuestException):
+        packed = machine.cpus[0].get_packed_regs()
+        return Outcome(given, outcome, detail, None, value, packed, collected, machine)
+    return Outcome(given, outcome, detail, value, None, packed, collected, machine)
