@@ -137,6 +137,7 @@ def test_a_string_instruction_is_measured_whole_and_given_for_each_byte() -> Non
     assert batch.proof["claimed"] == (few.count + few.warmup) * each
     whole = batch.host[each::each, 0] - batch.host[:-each:each, 0]
     assert np.allclose(batch.samples * STRING, whole)
+    assert batch.overhead["loop"] < np.median(batch.samples)  # a byte's share of it
 
 
 @pytest.mark.usefixtures("kvm_host")

@@ -148,13 +148,16 @@ class GuestBench:
         if result.outcome != "stopped":
             raise KvmpyError(f"{self.case}: the guest ended in {result}")
 
-    def overhead(self) -> dict[str, float]:
-        """What measuring costs, and the guest's loop without the operation, in ns."""
+    def overhead(self, elements: int = 1) -> dict[str, float]:
+        """What measuring costs, and the guest's loop without the operation, in ns.
+
+        A loop is shared by so many `elements` of its operation.
+        """
         rows = []
         for _ in range(EMPTY_TIMES):
             self.start("empty", EMPTY_ROUNDS)
             rows.append(self.sample(1, self.run_to_its_end))
-        each = np.diff(np.concatenate(rows), axis=1) / EMPTY_ROUNDS
+        each = np.diff(np.concatenate(rows), axis=1) / EMPTY_ROUNDS / elements
         return {"clock": lib.kvmpy_clock_cost(1000) / 1000, "loop": float(np.median(each))}
 
     def stamps(self, label: str) -> Ticks:
@@ -188,7 +191,7 @@ class GuestBench:
             batch = take()
             counts = {f"kvm_{name}": now - before[name] for name, now in self.statistics().items()}
             batch.proof = {**batch.proof, **counts}
-            batch.overhead = {**self.overhead(), **batch.overhead}
+            batch.overhead = {**self.overhead(batch.proof.get("elements", 1)), **batch.overhead}
             with suppress(Unmeasured):  # a guest may run, and its TSC be out of reach
                 stamps = self.stamps(self.kind.label)
                 if stamps.size:

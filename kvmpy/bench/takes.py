@@ -42,7 +42,7 @@ def periods(bench: GuestBench, elements: int = 1) -> Batch:
     proof = {"claimed": rounds * each, "counted": counted, "per_sample": each}
     if elements > 1:
         proof["elements"] = elements
-    cost = {"outside": float(np.median(outside))}
+    cost = {"outside": float(np.median(outside)) * each / elements}
     return Batch(bench.case, samples, host=pairs, proof=proof, overhead=cost)
 
 
