@@ -16,7 +16,7 @@
             return -errno; \
     } while (0)
 
-static int open_vm(struct floor_machine *machine, const struct floor_guest *guest)
+int floor_open_vm(struct floor_machine *machine, const struct floor_guest *guest)
 {
     uint64_t identity = guest->identity_map_address;
 
@@ -91,7 +91,7 @@ int floor_open(struct floor_machine *machine, const struct floor_guest *guest)
 {
     memset(machine, 0, sizeof(*machine));
     machine->kvm = machine->vm = machine->cpu = -1;
-    int result = open_vm(machine, guest);
+    int result = floor_open_vm(machine, guest);
     if (result == 0)
         result = add_memory(machine, guest);
     if (result == 0)

@@ -17,7 +17,7 @@ __all__ = ["FloorError", "FloorMachine", "Guest", "load"]
 HERE = Path(__file__).parent
 BUILD = HERE / "_build"
 CSRC = HERE.parent / "csrc"
-SOURCES = (HERE / "floor.c", HERE / "noop.c")
+SOURCES = (HERE / "floor.c", HERE / "snapfloor.c", HERE / "noop.c")
 FLAGS = ["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
 
 

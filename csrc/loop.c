@@ -87,6 +87,16 @@ HOT void store(uint8_t *data, uint64_t value, uint32_t size)
         memcpy(data, &value, size);
 }
 
+/* A write that ends the run. What is left of the exit, the next run serves first. */
+static int ended(struct kvmpy_loop *loop, struct kvmpy_action *action, const uint8_t *data,
+                 uint32_t size)
+{
+    __atomic_fetch_add(&action->writes, 1, __ATOMIC_RELAXED);
+    loop->value = load(data, size);
+    loop->element++;
+    return KVMPY_ENDED;
+}
+
 /* Serve one access in C. 1: done; 0: it is Python's. */
 HOT int served(struct kvmpy_action *action, uint8_t *data, uint32_t size, int write)
 {
@@ -138,6 +148,8 @@ HOT int serve_io(struct kvmpy_loop *loop, struct kvm_run *run)
     for (; loop->element < run->io.count; loop->element++) {
         uint8_t *data = io_data(run, loop->element);
         if (!served(action, data, size, write)) {
+            if (action->kind == KVMPY_END && write)
+                return ended(loop, action, data, size);
             loop->address = run->io.port;
             return hand_over(loop, data, size, write) | KVMPY_PORT |
                    (size >> 1) << KVMPY_SIZE_SHIFT | run->io.port;
@@ -179,9 +191,14 @@ static int serve_mmio(struct kvmpy_loop *loop, struct kvm_run *run)
     if (loop->element)
         return 0;
     const struct kvmpy_range *range = find_range(loop, run->mmio.phys_addr);
-    if (range && served(loop->routes->actions + range->action, run->mmio.data, size, write)) {
-        loop->element = 1;
-        return 0;
+    if (range) {
+        struct kvmpy_action *action = loop->routes->actions + range->action;
+        if (served(action, run->mmio.data, size, write)) {
+            loop->element = 1;
+            return 0;
+        }
+        if (action->kind == KVMPY_END && write)
+            return ended(loop, action, run->mmio.data, size);
     }
     loop->address = run->mmio.phys_addr;
     loop->offset = run->mmio.phys_addr - (range ? range->start : 0);
@@ -381,6 +398,8 @@ void kvmpy_unread(struct kvmpy_loop *loop)
         loop->held = 1;
     else if (loop->returned == KVMPY_STOPPED)
         __atomic_store_n(&loop->stop, 1, __ATOMIC_SEQ_CST);
+    else if (loop->returned == KVMPY_ENDED)
+        loop->element--;
     loop->returned = KVMPY_HEARTBEAT;
 }
 
@@ -395,6 +414,8 @@ int kvmpy_finish(struct kvmpy_loop *loop)
     for (;;) {
         if (loop->open) {
             int access = serve(loop, run);
+            if (access == KVMPY_ENDED)
+                continue; /* nothing runs that could end */
             if (access)
                 return access;
         }

@@ -13,6 +13,7 @@ enum {
     KVMPY_STOPPED,   /* kvmpy_kick() was called */
     KVMPY_DEADLINE,  /* the time given to kvmpy_begin() is over */
     KVMPY_MAX_EXITS, /* exits_left reached 0 */
+    KVMPY_ENDED,     /* the guest wrote loop.value to a KVMPY_END */
     KVMPY_HEARTBEAT, /* let Python run its signal handlers, then call again */
     KVMPY_POSTED,    /* coalesced writes wait in the ring: drain it, then call again */
     KVMPY_COMPLETED, /* kvmpy_finish(): no exit is pending any more */
@@ -29,7 +30,7 @@ enum {
 #define KVMPY_MAX_ROWS 4096
 
 /* What an access is answered with in C. */
-enum { KVMPY_TO_PYTHON, KVMPY_SINK, KVMPY_CONSTANT, KVMPY_CAPTURE, KVMPY_COUNTER };
+enum { KVMPY_TO_PYTHON, KVMPY_SINK, KVMPY_CONSTANT, KVMPY_CAPTURE, KVMPY_COUNTER, KVMPY_END };
 
 struct kvmpy_action {
     uint32_t kind;
@@ -77,7 +78,7 @@ struct kvmpy_loop {
     uint64_t sample_count;
     uint64_t sample_dropped; /* exits that found no room */
 
-    uint64_t value;   /* of the access handed to Python: written, or to be read */
+    uint64_t value;   /* of the access handed to Python: written, or to be read; of KVMPY_END */
     uint64_t offset;  /* MMIO: bytes from the start of the range */
     uint64_t address; /* guest-physical address, or port */
 

@@ -64,13 +64,23 @@ static void put_back(struct kvmpy_reset *reset, struct kvmpy_reset_region *regio
     }
 }
 
+/* Whether the exit at hand is a write to MMIO of which nothing is left to do: when KVM is entered
+ * again, it forgets it and changes no register, so that registers may be written before. Of a write
+ * that it hands over in pieces (across a page's end, or of more than 8 bytes) each but the last
+ * ends at a page's end or has 8 bytes. */
+static int is_whole_write(const struct kvm_run *run)
+{
+    return run->exit_reason == KVM_EXIT_MMIO && run->mmio.is_write && run->mmio.len < 8 &&
+           (run->mmio.phys_addr + run->mmio.len) % KVMPY_PAGE;
+}
+
 /* Finish the exit at hand; what it brings up is of no interest. */
 static int settle(struct kvmpy_loop *loop)
 {
     int result;
 
     loop->open = loop->awaiting = loop->held = 0;
-    if (!loop->incomplete)
+    if (!loop->incomplete || is_whole_write(loop->run))
         return 0;
     loop->raw = 1;
     while ((result = kvmpy_finish(loop)) == KVMPY_EXIT)
@@ -198,7 +208,7 @@ static int run_one(const struct kvmpy_batch *batch, uint32_t at)
     loop->raw = 0;
     loop->exits_left = batch->max_exits;
     batch->runs[at].code = kvmpy_run(loop);
-    if (batch->runs[at].code <= KVMPY_MAX_EXITS)
+    if (batch->runs[at].code <= KVMPY_ENDED)
         kvmpy_pause(loop);
     return 0;
 }
@@ -214,8 +224,9 @@ int kvmpy_run_batch(struct kvmpy_batch *batch)
             return result;
         record->reason = run->exit_reason;
         record->changed = batch->reset->changed;
+        record->value = batch->loop->value;
         record->regs = run->s.regs.regs;
-        if (record->code < 0 || record->code > KVMPY_MAX_EXITS)
+        if (record->code < 0 || record->code > KVMPY_ENDED)
             return (int)at + 1;
         if (batch->collect_size)
             memcpy(batch->collected + at * batch->collect_size, batch->collect,

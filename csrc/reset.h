@@ -49,6 +49,7 @@ struct kvmpy_run {
     int32_t code;     /* what kvmpy_run() returned */
     uint32_t reason;  /* of the exit, where there was one */
     uint64_t changed; /* pages that the reset before it put back */
+    uint64_t value;   /* with KVMPY_ENDED */
     struct kvm_regs regs;
 };
 

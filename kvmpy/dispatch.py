@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 
 from kvmpy.abi import ffi, lib
 from kvmpy.bus import Bus, Claim, Device, FunctionDevice, Unclaimed, ones
-from kvmpy.devices.native import Capture, Constant, Counter, NativeDevice, Sink
+from kvmpy.devices.native import Capture, Constant, Counter, EndRun, NativeDevice, Sink
 from kvmpy.errors import ConfigError, DeviceError, OverlapError
 
 __all__ = ["Dispatch", "Served", "add_note", "bad_answer"]
@@ -26,6 +26,7 @@ _KINDS: Final[tuple[tuple[type[NativeDevice], int], ...]] = (
     (Constant, lib.KVMPY_CONSTANT),
     (Capture, lib.KVMPY_CAPTURE),
     (Counter, lib.KVMPY_COUNTER),
+    (EndRun, lib.KVMPY_END),
 )
 
 # What a machine without devices in C looks at, and never writes to. Of full size: C may read
@@ -72,14 +73,18 @@ class Dispatch:
     """Ports and MMIO of one machine. `on_unclaimed` is called for each access nobody claims,
     with a description of it."""
 
-    def __init__(self, on_unclaimed: Stop | None = None) -> None:
+    def __init__(
+        self,
+        on_unclaimed: Stop | None = None,
+        on_end: Callable[[int], object] | None = None,
+    ) -> None:
         self.ports = Bus("port", 1 << 16)
         self.mmio = Bus("MMIO", MMIO_LIMIT)
         self.unclaimed = {bus: Unclaimed(bus.kind) for bus in (self.ports, self.mmio)}
         self.served: dict[int, Served] = {}
         self.posting = RLock()
         """Held while writes are taken out of the coalesced ring, which all vCPUs share."""
-        self._on_unclaimed = on_unclaimed
+        self._on_unclaimed, self._on_end = on_unclaimed, on_end
         self._lock = RLock()
         # A claim keeps its row and its action for as long as it lasts, and then they rest: a
         # guest may be running on another thread, with an access in its hands.
@@ -162,6 +167,8 @@ class Dispatch:
         if isinstance(device, Capture):
             buffer = ffi.new("uint8_t[]", device.capacity)
             action.buffer, action.capacity = buffer, device.capacity
+        if isinstance(device, EndRun):
+            device.on_end = self._on_end
         action.kind = next(kind for cls, kind in _KINDS if isinstance(device, cls))
         self._native[claim] = number
         device.backing = _Backing(action, buffer, self._actions)

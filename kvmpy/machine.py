@@ -73,7 +73,7 @@ class Machine(Attaching, Copying):
         self._loaded: list[tuple[int, int]] = []
         self.entry: int | None = None
         """Where the guest starts; the first `load` sets it."""
-        self.dispatch = Dispatch(self._on_unclaimed)
+        self.dispatch = Dispatch(self._on_unclaimed, self._on_end)
         self.devices: dict[str, Device] = {}
         """The standard devices by name: "serial", "post" and so on."""
         if devices:

@@ -13,6 +13,7 @@ OUTCOMES = {
     "halt": "the guest executed HLT",
     "reset": "the guest asked for a reset",
     "power-off": "the guest switched the machine off",
+    "ended": "the guest wrote to a device that ends the run",
     "debug-exit": "the guest wrote to the debug-exit device",
     "shutdown": "triple fault: an exception while delivering an exception could not be delivered",
     "internal-error": "KVM could not go on",

@@ -155,6 +155,9 @@ class Running:
         if self._strict:
             self._finish_run("unclaimed", what)
 
+    def _on_end(self, value: int) -> None:
+        self._finish_run("ended", f"value {value}", value)
+
     def _report_exception(self, offset: int, size: int, value: int | None) -> int | None:
         """A reporting stub ran: decode the frame that the processor pushed for it."""
         if value is None:
@@ -175,6 +178,10 @@ class Running:
         """Outcome, detail and value of a run that ended with this number of the C loop's."""
         if code == lib.KVMPY_STOPPED and vcpu in self._ends:
             return self._ends.pop(vcpu)
+        if code == lib.KVMPY_ENDED:
+            value = int(vcpu.loop.value)
+            self._on_end(value)  # those that run beside it
+            return "ended", f"value {value}", value
         if code != lib.KVMPY_EXIT:
             return _OUTCOMES[code], "", None
         if vcpu.run_page[OFFSET_REASON] == _HALT:  # by far the most frequent

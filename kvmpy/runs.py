@@ -28,7 +28,7 @@ _HALT: Final = 5  # KVM_EXIT_HLT
 _RUN_SIZE: Final = ffi.sizeof("struct kvmpy_run")
 _RUN_REGS: Final = _RUN_SIZE - Registers.SIZE  # struct kvm_regs is the last of it
 _FASTEST_BEAT_NS: Final = 1_000_000
-_OVER: Final = lib.KVMPY_MAX_EXITS  # numbers up to this one end a run
+_OVER: Final = lib.KVMPY_ENDED  # numbers up to this one end a run
 
 
 class Outcome(NamedTuple, Generic[_T]):
@@ -189,6 +189,7 @@ class _Prepared:
         """Note what C notes of a run that it ends itself."""
         vcpu = self.machine.cpus[0]
         self.runs[at].reason = vcpu.run_page[OFFSET_REASON]
+        self.runs[at].value = vcpu.loop.value
         start = at * _RUN_SIZE + _RUN_REGS
         self.registers[start : start + Registers.SIZE] = vcpu.get_packed_regs()
         if self.size:
@@ -265,6 +266,9 @@ def _outcome(prepared: _Prepared, given: _T, at: int) -> Outcome[_T]:
     packed = prepared.packed(at)
     if code == _EXIT and prepared.runs[at].reason == _HALT:
         return Outcome(given, "halt", "", None, None, packed, collected, machine)
+    if code == _OVER:
+        value = prepared.runs[at].value
+        return Outcome(given, "ended", f"value {value}", value, None, packed, collected, machine)
     outcome, detail, value = machine._came_to(code, machine.cpus[0])
     if isinstance(value, GuestException):
         packed = machine.cpus[0].get_packed_regs()

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmpy.devices import Capture, Constant, Counter, Sink
+from kvmpy.devices import Capture, Constant, Counter, EndRun, Sink
 from kvmpy.errors import ConfigError
 
 SIZES = [1, 2, 4, 8]
@@ -28,7 +28,9 @@ class FakeLoop:
         return data
 
 
-@pytest.mark.parametrize("device", [Sink(), Capture(), Counter()], ids=lambda device: device.name)
+@pytest.mark.parametrize(
+    "device", [Sink(), Capture(), Counter(), EndRun()], ids=lambda device: device.name
+)
 def test_reads_are_all_ones(device):
     assert device.backing is None
     assert {size: device.read(3, size) for size in SIZES} == ONES
@@ -121,3 +123,11 @@ def test_release_lets_go_of_the_backing(device):
     device.backing = FakeLoop()
     device.release()
     assert device.backing is None
+
+
+def test_the_end_of_a_run_is_told_to_the_machine():
+    device, ended = EndRun(), []
+    device.write(0, 1, 1)  # attached to nothing
+    device.on_end = ended.append
+    device.write(0, 4, 77)
+    assert ended == [77]

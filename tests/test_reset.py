@@ -12,6 +12,7 @@ from test_snapshot import (
     END,
     EVERYWHERE,
     MEMORY,
+    MMIO,
     NATIVE,
     PORT,
     attach,
@@ -22,7 +23,7 @@ from test_snapshot import (
 )
 
 from kvmpy import AddressError, ConfigError, Machine, assemble, runs
-from kvmpy.devices import Counter, Sink
+from kvmpy.devices import Counter, EndRun, Sink
 from kvmpy.memory import PAGE_SIZE
 from kvmpy.snapshot.tables import table_pages
 
@@ -364,6 +365,48 @@ def test_native_devices_with_a_state_start_anew_each_time() -> None:
         snapshot = machine.snapshot()
         for one in runs(snapshot, range(3), timeout=10, batch=8, machine=machine):
             assert (one.outcome, counter.count) == ("halt", 2)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_runs_that_end_by_a_device_of_cs_need_no_python(batch: int) -> None:
+    text = f"mov esi, {INPUT}\nmov eax, [rsi]\nmov edi, {MMIO:#x}\nmov [rdi], eax\nhlt"
+    with Machine(MEMORY, ring=3) as machine:
+        machine.attach_mmio(MMIO, 4, EndRun())
+        machine.load(code(text), 0x1000)
+        snapshot = machine.snapshot()
+        inputs = [bytes([number, 1, 0, 0]) for number in range(40)]
+        made = list(runs(snapshot, inputs, INPUT, timeout=10, batch=batch, machine=machine))
+    assert [(one.outcome, one.value) for one in made] == [
+        ("ended", 256 + number) for number in range(40)
+    ]
+
+
+@pytest.mark.parametrize("at", [0, 4, 0xFFC, 0xFFD])
+@pytest.mark.parametrize("register", ["ecx", "rcx", "cl"])
+def test_a_reset_after_part_of_a_write_leaves_nothing_of_it(at: int, register: str) -> None:
+    """Writes within a page, up to its end, and across it, which come in pieces."""
+    store = f"mov edi, {MMIO + at:#x}\nmov rcx, 0x1122334455667788\nmov [rdi], {register}"
+    written: list[tuple[int, int, int]] = []
+    with Machine(MEMORY) as machine:
+
+        @machine.on_mmio(MMIO, 2 * PAGE_SIZE)
+        def device(offset: int, size: int, value: int | None) -> int:
+            written.append((offset, size, value or 0))
+            return 0
+
+        machine.load(code(f"mov eax, 5\n{store}\nmov eax, 6\n{store}\nhlt"), 0x1000)
+        snapshot = machine.snapshot()
+        for _ in range(3):
+            machine.reset_to(snapshot)
+            written.clear()
+            assert machine.run(max_exits=1, timeout=10).outcome == "max-exits"
+            machine.reset_to(snapshot)
+            assert machine.cpus[0].get_regs().rax == 0
+        machine.reset_to(snapshot)
+        written.clear()
+        result = machine.run(timeout=10)
+        assert (result.outcome, result.registers.rax) == ("halt", 6)
+        assert written == written[: len(written) // 2] * 2  # both stores, whole, and no more
 
 
 def test_max_exits_is_for_each_run() -> None:

@@ -9,11 +9,12 @@
 | `KeyboardReset`, `ResetControl` | port 0x64, 0xcf9 | reset |
 | `PowerOff` | ports 0x604-0x605 | ends the run |
 | `Sink`, `Constant`, `Capture`, `Counter` | anywhere | answered by the C loop, without Python |
+| `EndRun` | anywhere | ends the run with a value, without Python |
 """
 
 from .console import DebugConsole
 from .debugexit import DebugExit, exit_status
-from .native import Backing, Capture, Constant, Counter, NativeDevice, Sink
+from .native import Backing, Capture, Constant, Counter, EndRun, NativeDevice, Sink
 from .post import PostCode
 from .power import PowerOff
 from .reset import KeyboardReset, ResetControl
@@ -26,6 +27,7 @@ __all__ = [
     "Counter",
     "DebugConsole",
     "DebugExit",
+    "EndRun",
     "KeyboardReset",
     "NativeDevice",
     "PostCode",

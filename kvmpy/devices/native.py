@@ -5,12 +5,13 @@ while every exit is traced, and how it is tested. A machine that serves one in C
 `backing`; what C has counted and collected is then part of what the device shows.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 from ..bus import ones
 from ..errors import ConfigError
 
-__all__ = ["Backing", "Capture", "Constant", "Counter", "NativeDevice", "Sink"]
+__all__ = ["Backing", "Capture", "Constant", "Counter", "EndRun", "NativeDevice", "Sink"]
 
 
 class Backing(Protocol):
@@ -154,3 +155,20 @@ class Counter(NativeDevice):
         """Keep C's count in Python, and let go of `backing`."""
         self._count = self.count
         super().release()
+
+
+class EndRun(NativeDevice):
+    """A write ends the run with the outcome "ended" and the value written; reads give all ones.
+
+    The cheapest way for a guest to say that it is done: `kvmpy.runs` then needs no Python between
+    one run and the next.
+    """
+
+    name = "end of the run"
+    on_end: Callable[[int], object] | None = None
+    """What ends a run whose exits Python serves; the machine that it is attached to sets it."""
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """End the run."""
+        if self.on_end is not None:
+            self.on_end(value)

@@ -7,6 +7,7 @@ writes to the same port for a short delay, so codes may arrive that mean nothing
 from collections import deque
 
 from ..bus import ones
+from .state import packed, unpacked
 
 __all__ = ["PORT", "SIZE", "PostCode"]
 
@@ -45,14 +46,10 @@ class PostCode:
 
     def save_state(self) -> bytes:
         """The codes and their number, as JSON."""
-        import json  # slow to load, and most machines are never saved
-
-        return json.dumps({"codes": list(self.codes), "count": self.count}).encode()
+        return packed({"codes": list(self.codes), "count": self.count})
 
     def load_state(self, state: bytes) -> None:
         """Take what `save_state` gave."""
-        import json
-
-        values = json.loads(state)
+        values = unpacked(state)
         self.codes = deque(values["codes"], maxlen=_KEPT)
         self.count = values["count"]

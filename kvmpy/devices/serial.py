@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from ..bus import ones
 from .receiver import FIFO_SIZE, Receiver
+from .state import packed, unpacked
 
 __all__ = ["PORT", "SIZE", "Serial16550A"]
 
@@ -86,16 +87,12 @@ class Serial16550A:
 
     def save_state(self) -> bytes:
         """The registers and what waits to be received, as JSON."""
-        import json  # slow to load, and most machines are never saved
-
         registers = {name: getattr(self, name) for name in _STATE}
-        return json.dumps({**registers, "receiver": self._receiver.save()}).encode()
+        return packed({**registers, "receiver": self._receiver.save()})
 
     def load_state(self, state: bytes) -> None:
         """Take what `save_state` gave."""
-        import json
-
-        values = json.loads(state)
+        values = unpacked(state)
         for name in _STATE:
             setattr(self, name, values[name])
         self._receiver.load(values["receiver"])

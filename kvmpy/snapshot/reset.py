@@ -24,7 +24,7 @@ from kvmpy.vcpuregs import SYNC_EVENTS, SYNC_REGS, SYNC_SREGS
 from kvmpy.vm import VM
 from kvmpy.x86.state import SpecialRegisters
 
-__all__ = ["SCOPES", "Resetter"]
+__all__ = ["SCOPES", "Resetter", "accepted_msrs"]
 
 SCOPES: Final = ("all", "registers")
 _SYNC_ALL: Final = SYNC_REGS | SYNC_SREGS | SYNC_EVENTS
@@ -200,11 +200,11 @@ class Resetter:
                 continue  # without an irqchip, a vCPU is always runnable
             data = bytearray(state[name])
             if name == "MSRS":
-                data = _accepted(cpu, state[name])
+                data = accepted_msrs(cpu, state[name])
             yield ioctl(f"SET_{name}", cpu.fd, data, **poke)
 
 
-def _accepted(cpu: VCPU, packed: bytes) -> bytearray:
+def accepted_msrs(cpu: VCPU, packed: bytes) -> bytearray:
     """The MSRs that the vCPU takes back: KVM stops at the first that it refuses."""
     values = {index: value for index, _, value in struct.iter_unpack("<IIQ", packed)}
     refused = cpu.set_msrs(values, strict=False)
