@@ -2,6 +2,7 @@
 #include "calls.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
@@ -20,7 +21,8 @@ static int run_for(struct kvmpy_loop *loop, uint64_t limit_ns)
 
 static int make(const struct kvmpy_call *call, const int *results)
 {
-    int fd = call->fd < 0 ? results[call->from] : call->fd, result;
+    int opening = call->kind == KVMPY_CALL_OPEN;
+    int fd = call->fd < 0 && !opening ? results[call->from] : call->fd, result;
 
     if (call->poke)
         *call->poke = call->value;
@@ -34,6 +36,9 @@ static int make(const struct kvmpy_call *call, const int *results)
     case KVMPY_CALL_KICK:
         kvmpy_kick((struct kvmpy_loop *)call->argument);
         return 0;
+    case KVMPY_CALL_OPEN:
+        result = open((const char *)call->argument, O_RDWR | O_CLOEXEC);
+        break;
     case KVMPY_CALL_RUN:
         return run_for((struct kvmpy_loop *)call->argument, call->value);
     default:
@@ -51,14 +56,23 @@ static void clean_up(const struct kvmpy_call *calls, uint32_t count, uint32_t fa
             close(results[calls[at].from]);
 }
 
-int kvmpy_make_calls(const struct kvmpy_call *calls, uint32_t count, uint32_t *failed)
+int kvmpy_make_calls(const struct kvmpy_call *calls, uint32_t count, int *results,
+                     uint32_t *failed)
 {
     for (uint32_t at = 0; at < count; at++) {
-        int result = make(calls + at, NULL);
+        int result;
+        do
+            result = make(calls + at, results);
+        while (result == -EINTR); /* a signal came while the kernel made a VM */
         if (result < 0) {
             *failed = at;
+            while (at--)
+                if (calls[at].opens)
+                    close(results[at]);
             return result;
         }
+        if (results)
+            results[at] = result;
     }
     return 0;
 }

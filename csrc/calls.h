@@ -12,6 +12,7 @@ enum {
     KVMPY_CALL_WRITE, /* of the 8 bytes of `argument`, as an eventfd wants them */
     KVMPY_CALL_KICK,  /* kvmpy_kick() of the loop at `argument` */
     KVMPY_CALL_RUN,   /* kvmpy_run() of the loop at `argument`, for at most `value` ns */
+    KVMPY_CALL_OPEN,  /* open the file whose name is at `argument`, to be read and written */
 };
 
 #define KVMPY_MAX_CALLS 16
@@ -25,6 +26,7 @@ struct kvmpy_call {
     uint64_t argument;
     uint64_t *poke;   /* NULL, or where `value` is stored before the call */
     uint64_t value;
+    uint32_t opens;   /* whether it returns a descriptor, for kvmpy_make_calls() */
 };
 
 /* Make all calls in order, so many times. Each time the clock is read before the call `first`
@@ -33,9 +35,11 @@ struct kvmpy_call {
 int kvmpy_time_calls(const struct kvmpy_call *calls, uint32_t count, uint32_t first,
                      uint32_t last, uint32_t rounds, uint64_t *pairs, uint32_t *failed);
 
-/* Make all calls in order, however many; none of them may ask for what another one returned.
- * 0, or -errno of the first that fails; `failed` is then its number. */
-int kvmpy_make_calls(const struct kvmpy_call *calls, uint32_t count, uint32_t *failed);
+/* Make all calls in order, however many. What they return is put into `results`, which may be NULL
+ * where none of them asks for what another one returned. 0, or -errno of the first that fails;
+ * `failed` is then its number, and what the others have opened is closed. */
+int kvmpy_make_calls(const struct kvmpy_call *calls, uint32_t count, int *results,
+                     uint32_t *failed);
 
 /* A thread on a CPU of its own that makes the calls whenever it is asked to. */
 struct kvmpy_raiser {

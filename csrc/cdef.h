@@ -105,6 +105,7 @@ int kvmpy_ioctl_buffer(int fd, unsigned long request, void *argument);
 #define KVMPY_CALL_WRITE ...
 #define KVMPY_CALL_KICK ...
 #define KVMPY_CALL_RUN ...
+#define KVMPY_CALL_OPEN ...
 #define KVMPY_MAX_CALLS ...
 
 struct kvmpy_call {
@@ -116,7 +117,11 @@ struct kvmpy_call {
     uint64_t argument;
     uint64_t *poke;
     uint64_t value;
+    uint32_t opens;
 };
+
+int kvmpy_make_calls(const struct kvmpy_call *calls, uint32_t count, int *results,
+                     uint32_t *failed);
 
 struct kvmpy_raiser {
     const struct kvmpy_call *calls;

@@ -172,7 +172,7 @@ int kvmpy_reset(struct kvmpy_reset *reset)
     if (result == 0 && reset->paging)
         result = drop_mappings(reset);
     if (result == 0)
-        result = kvmpy_make_calls(reset->calls, reset->count, &reset->failed);
+        result = kvmpy_make_calls(reset->calls, reset->count, NULL, &reset->failed);
     for (uint32_t at = 0; at < reset->cpus && result == 0; at++) {
         struct kvmpy_reset_cpu *cpu = reset->cpu + at;
         struct kvm_run *run = cpu->loop->run;

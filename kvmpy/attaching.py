@@ -18,7 +18,11 @@ class Attaching:
     """Attaching devices to ports and MMIO addresses, and detaching them."""
 
     vm: VM
-    dispatch: Dispatch
+
+    @property
+    def dispatch(self) -> Dispatch:
+        """Who answers which access."""
+        raise NotImplementedError
 
     def attach_port(self, base: int, size: int, device: Device, name: str | None = None) -> Claim:
         """Let `device` answer `size` ports from `base` on; OverlapError names both owners."""

@@ -1,12 +1,13 @@
 """Lists of system calls that C makes in one go (csrc/calls.h)."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvmpy.abi import IOCTLS, address_of, ffi, lib
 
-__all__ = ["Call", "close", "ioctl", "kick", "native", "run_for", "write"]
+__all__ = ["Call", "close", "ioctl", "kick", "native", "open_file", "run_for", "write"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,7 @@ class Call:
     `fd` is a descriptor, or with `of` the number of the call of this round that returned it.
     `argument` is a number or a buffer, `points_to` a buffer that it points to. `error` is the
     errno that it is to fail with. With `poke`, the number `value` is stored at that address just
-    before.
+    before. `opens` says that it returns a descriptor.
     """
 
     what: str
@@ -28,6 +29,7 @@ class Call:
     argument: int | bytearray = 0
     poke: int = 0
     value: int = 0
+    opens: bool = False
     points_to: bytearray = field(default_factory=bytearray)
 
 
@@ -36,6 +38,12 @@ def ioctl(name: str, fd: int = -1, argument: int | bytearray = 0, **more: Any) -
     request = IOCTLS[name].number
     kind: int = lib.KVMPY_CALL_IOCTL
     return Call(f"KVM_{name}", kind, fd, request=request, argument=argument, **more)
+
+
+def open_file(path: str) -> Call:
+    """Open a file to read and write it."""
+    name = bytearray(os.fsencode(path) + b"\0")
+    return Call(f"opening {path}", lib.KVMPY_CALL_OPEN, argument=name, opens=True)
 
 
 def close(of: int) -> Call:
@@ -66,6 +74,7 @@ def native(calls: Sequence[Call]) -> Any:
         one.kind, one.fd, one.request = call.kind, call.fd, call.request
         setattr(one, "from", call.of)  # a word of Python's
         one.error, one.value = call.error, call.value
+        one.opens = call.opens
         one.poke = ffi.cast("uint64_t *", call.poke)
         argument = call.argument
         one.argument = argument if isinstance(argument, int) else address_of(argument)

@@ -1,13 +1,15 @@
 """Snapshots of a machine, going back to one, and new machines made from one."""
 
 from collections.abc import Callable, Iterator, Sequence
+from threading import RLock
 from time import perf_counter_ns
 from typing import Any, NamedTuple, Self
 
 from kvmpy.abi import lib
-from kvmpy.bus import Stateful
+from kvmpy.bus import Stateful, has_state
 from kvmpy.console import Console
-from kvmpy.devices import NativeDevice
+from kvmpy.devices import NativeDevice, standard
+from kvmpy.dispatch import Dispatch
 from kvmpy.errors import ConfigError
 from kvmpy.kvm import KVM
 from kvmpy.running import Running
@@ -43,6 +45,7 @@ class Copying(Running):
     config: Config
     _console: Console
     _at: Snapshot | None = None  # that which the machine was at last
+    _waiting: Snapshot | None = None  # that whose devices are still to be made
     resetter: Any = None
     """What `reset_to` works with, once it was called."""
     _device_loads: Sequence[tuple[Callable[[bytes], None], bytes]] = ()
@@ -158,11 +161,18 @@ class Copying(Running):
         if unknown:
             raise ConfigError(f"{', '.join(sorted(unknown))}: a copy is as the snapshot has it")
         snapshot.check_backend(across_backends)
-        machine = cls._made_from(snapshot, options)
+        spawned = cls._spawned(snapshot, options)
+        machine = cls._made_from(snapshot, options) if spawned is None else spawned
         try:
+            if spawned is not None:
+                machine._waiting = snapshot
+                machine._came_from(snapshot)
             if attach is not None:
                 attach(machine)
-            machine._load(snapshot)
+            if spawned is None:
+                machine._load(snapshot)
+            elif attach is not None or not standard.has_all(snapshot.devices):
+                machine._load_devices(snapshot, machine.dispatch)
         except BaseException:
             machine.vm.__exit__(*_NOTHING)
             machine.kvm.close()
@@ -173,11 +183,40 @@ class Copying(Running):
     def _made_from(cls, snapshot: Snapshot, options: dict[str, Any]) -> Self:
         raise NotImplementedError
 
+    @classmethod
+    def _spawned(cls, snapshot: Snapshot, options: dict[str, Any]) -> Self | None:
+        """The same, at the snapshot already but for its devices; None where that cannot be."""
+        raise NotImplementedError
+
+    def _standard(self) -> Dispatch:
+        raise NotImplementedError
+
+    @property
+    def dispatch(self) -> Dispatch:
+        """Who answers which access: the buses with what is attached to them."""
+        found = self._dispatch
+        return self._attach_late() if found is None else found
+
+    def _attach_late(self) -> Dispatch:
+        """Make the devices of a machine that was made from a snapshot, as it has them."""
+        with _late:
+            if self._dispatch is None:
+                made = self._standard()
+                if self._waiting is not None:
+                    self._load_devices(self._waiting, made, partly=True)
+                for cpu in self.cpus:
+                    cpu.loop.routes = made.routes
+                self._dispatch = made
+            return self._dispatch
+
     def _load(self, snapshot: Snapshot) -> None:
         load_vm(self.vm, snapshot.vm)
         for cpu, state in zip(self.cpus, snapshot.cpus, strict=True):
             load_cpu(cpu, state)
-        self._load_devices(snapshot)
+        self._load_devices(snapshot, self.dispatch)
+        self._came_from(snapshot)
+
+    def _came_from(self, snapshot: Snapshot) -> None:
         self._console.replace(snapshot.console)
         self._forget_run()
         self.entry = snapshot.entry
@@ -185,29 +224,26 @@ class Copying(Running):
 
     def _forget_run(self) -> None:
         self._ends.clear()
-        if self.dispatch.any_unclaimed:
+        if self._any_unclaimed:
             for unclaimed in self.dispatch.unclaimed.values():
                 unclaimed.clear()
 
-    def _load_devices(self, snapshot: Snapshot) -> None:
-        found = dict(self._stateful())
+    def _load_devices(
+        self, snapshot: Snapshot, dispatch: Dispatch, *, partly: bool = False
+    ) -> None:
+        found = dict(_stateful(dispatch))
         missing = [name for name in snapshot.devices if name not in found]
-        if missing:
+        if missing and not partly:
             raise ConfigError(
                 f"the snapshot has the state of a device at {', '.join(missing)}, and this machine "
                 "has none there: attach it first (from_snapshot takes `attach`)"
             )
         for name, state in snapshot.devices.items():
-            found[name].load_state(state)
+            if name in found:
+                found[name].load_state(state)
 
     def _stateful(self) -> Iterator[tuple[str, Stateful]]:
-        """The devices that have a state, each once, by bus and address."""
-        seen = set()
-        for bus in (self.dispatch.ports, self.dispatch.mmio):
-            for claim in bus:
-                if isinstance(claim.device, Stateful) and id(claim.device) not in seen:
-                    seen.add(id(claim.device))
-                    yield f"{bus.kind} {claim.base:#x}", claim.device
+        return _stateful(self.dispatch)
 
     def _device_states(self) -> Iterator[tuple[str, bytes]]:
         for name, device in self._stateful():
@@ -239,6 +275,17 @@ class Copying(Running):
 
 
 _NOTHING = (None, None, None)
+_late = RLock()  # two vCPUs may need a device at the same time
+
+
+def _stateful(dispatch: Dispatch) -> Iterator[tuple[str, Stateful]]:
+    """The devices that have a state, each once, by bus and address."""
+    seen = set()
+    for bus in (dispatch.ports, dispatch.mmio):
+        for claim in bus:
+            if has_state(claim.device) and id(claim.device) not in seen:
+                seen.add(id(claim.device))
+                yield f"{bus.kind} {claim.base:#x}", claim.device
 
 
 def _drop_exit(cpu: VCPU) -> None:

@@ -16,7 +16,7 @@ from kvmpy.bus import Bus, Claim, Device, FunctionDevice, Unclaimed, ones
 from kvmpy.devices.native import Capture, Constant, Counter, EndRun, NativeDevice, Sink
 from kvmpy.errors import ConfigError, DeviceError, OverlapError
 
-__all__ = ["Dispatch", "Served", "add_note", "bad_answer"]
+__all__ = ["NO_ROUTES", "Dispatch", "Served", "add_note", "bad_answer"]
 
 MMIO_LIMIT: Final = 1 << 52
 _PORT, _MMIO, _WRITE = lib.KVMPY_PORT, lib.KVMPY_MMIO, lib.KVMPY_WRITE
@@ -33,6 +33,10 @@ _KINDS: Final[tuple[tuple[type[NativeDevice], int], ...]] = (
 # one of a machine's own tables together with the other one of these.
 _NO_PORTS: Final = ffi.new("uint16_t[65536]")
 _NO_ACTIONS: Final = ffi.new("struct kvmpy_action[]", lib.KVMPY_MAX_ROWS)
+
+_NO_RANGES: Final = ffi.new("struct kvmpy_ranges *", (0, []))
+NO_ROUTES: Final = ffi.new("struct kvmpy_routes *", (_NO_PORTS, _NO_RANGES, _NO_ACTIONS, 0))
+"""What the C loop looks at where there is no `Dispatch` yet: every access is Python's."""
 
 Stop: TypeAlias = Callable[[str], None]
 
@@ -107,7 +111,9 @@ class Dispatch:
         """Whether there was any access that nobody claimed."""
         return any(one.total for one in self.unclaimed.values())
 
-    def attach(self, bus: Bus, base: int, size: int, device: Device, name: str | None) -> Claim:
+    def attach(
+        self, bus: Bus, base: int, size: int, device: Device, name: str | None = None
+    ) -> Claim:
         """Claim addresses of a bus for a device, in C where the device is one of C's."""
         with self._lock:
             if bus is self.mmio and not self._free_rows:

@@ -3,7 +3,8 @@
 import errno
 import os
 import struct
-from functools import cached_property
+from functools import cache, cached_property
+from typing import Self
 
 from kvmpy.abi import IOCTLS, lib
 from kvmpy.capabilities import CAPABILITIES, capability_number
@@ -18,8 +19,12 @@ API_VERSION = 12
 _MODULES = ("kvm_pvm", "kvm_intel", "kvm_amd")  # kvm_pvm first: it may sit beside another
 
 
+@cache
 def backend() -> str:
-    """The kernel module that does KVM's work: kvm_intel, kvm_amd, kvm_pvm, or "unknown"."""
+    """The kernel module that does KVM's work: kvm_intel, kvm_amd, kvm_pvm, or "unknown".
+
+    Looked up once per process: it cannot be exchanged while a VM is there.
+    """
     for module in _MODULES:
         if os.path.isdir(f"/sys/module/{module}"):
             return module
@@ -66,6 +71,14 @@ class KVM(Descriptor):
             found = f"its API version is {version}" if version >= 0 else "it is no KVM device"
             raise KVMUnavailableError(f"cannot use {path}: {found}; kvmpy speaks {API_VERSION}")
         self.api_version: int = version
+
+    @classmethod
+    def adopt(cls, fd: int, vcpu_mmap_size: int) -> Self:
+        """That of a descriptor that was opened already, and is then its own."""
+        made = cls.__new__(cls)
+        Descriptor.__init__(made, fd, "/dev/kvm")
+        made.api_version, made.vcpu_mmap_size = API_VERSION, vcpu_mmap_size
+        return made
 
     def check_extension(self, capability: str | int) -> int:
         """What KVM_CHECK_EXTENSION says of a capability: 0 for absent, else 1 or a number.

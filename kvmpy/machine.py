@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -13,12 +14,12 @@ from kvmpy.bus import AccessFunction, Device, FunctionDevice
 from kvmpy.console import Console
 from kvmpy.copying import Copying
 from kvmpy.devices import standard
-from kvmpy.dispatch import Dispatch
+from kvmpy.dispatch import NO_ROUTES, Dispatch
 from kvmpy.errors import AddressError, ConfigError
 from kvmpy.kvm import KVM, packed_cpuid
 from kvmpy.memory import PAGE_SIZE, AddressSpace
 from kvmpy.sizes import parse_size
-from kvmpy.snapshot import Config, Snapshot
+from kvmpy.snapshot import Config, Plan, Snapshot
 
 __all__ = ["Machine"]
 
@@ -31,7 +32,7 @@ _F = TypeVar("_F", bound=AccessFunction)
 _Bytes = bytes | bytearray | memoryview
 
 
-class Machine(Attaching, Copying):
+class Machine(Copying, Attaching):
     """A virtual machine that is ready to load a guest and run it; a context manager.
 
     `memory` is its RAM ("16M", or bytes): up to 3 GiB from address 0 on, the rest from 4 GiB.
@@ -63,24 +64,11 @@ class Machine(Attaching, Copying):
     ) -> None:
         size = _memory_size(memory)
         low = min(size, LOW_RAM_LIMIT)
-        self.layout = modes.build(mode, ring, low, size - low)
-        """What kvmpy puts at the top of low RAM."""
         if cpus < 1 or irqchip not in (None, "split", "full"):
             raise ConfigError(f"cpus={cpus}, irqchip={irqchip!r}: at least 1; None, split or full")
-        self.config = Config(mode, ring, size, irqchip, strict, posted_console, devices)
-        self._console = Console(output)
-        super().__init__(strict=strict, posted=posted_console)
-        self._loaded: list[tuple[int, int]] = []
-        self.entry: int | None = None
-        """Where the guest starts; the first `load` sets it."""
-        self.dispatch = Dispatch(self._on_unclaimed, self._on_end)
-        self.devices: dict[str, Device] = {}
-        """The standard devices by name: "serial", "post" and so on."""
-        if devices:
-            self.devices = standard.attach(self, self._console.write, input, self._finish_run)
-        if self.layout.stubs is not None:
-            reporter = FunctionDevice(self._report_exception)
-            self.attach_port(modes.EXCEPTION_PORT, 1, reporter, "exception reporter")
+        config = Config(mode, ring, size, irqchip, strict, posted_console, devices)
+        self._set_up(config, output, input)
+        self._dispatch = self._standard()
         self.kvm = KVM()
         try:
             self.vm = self.kvm.create_vm()
@@ -98,6 +86,40 @@ class Machine(Attaching, Copying):
         except BaseException:
             self.kvm.close()
             raise
+
+    def _set_up(
+        self,
+        config: Config,
+        output: Callable[[bytes], object] | None,
+        input: Callable[[], bytes] | None,
+    ) -> None:
+        """All that comes before the VM, but for the devices."""
+        low = min(config.memory, LOW_RAM_LIMIT)
+        self.config = config
+        self.layout = modes.build(config.mode, config.ring, low, config.memory - low)
+        """What kvmpy puts at the top of low RAM."""
+        self._console, self._input = Console(output), input
+        self.entry: int | None = None
+        """Where the guest starts; the first `load` sets it."""
+        super().__init__(strict=config.strict, posted=config.posted_console)
+
+    def _standard(self) -> Dispatch:
+        """The buses, with what every machine has."""
+        made = Dispatch(self._on_unclaimed, self._on_end)
+        attach, write = partial(made.attach, made.ports), self._console.write
+        self._devices: dict[str, Device] = {}
+        if self.config.devices:
+            self._devices = standard.attach(attach, write, self._input, self._finish_run)
+        if self.layout.stubs is not None:
+            reporter = FunctionDevice(self._report_exception)
+            attach(modes.EXCEPTION_PORT, 1, reporter, "exception reporter")
+        return made
+
+    @property
+    def devices(self) -> dict[str, Device]:
+        """The standard devices by name: "serial", "post" and so on."""
+        self.dispatch  # noqa: B018 - made from a snapshot, a machine has them when it needs them
+        return self._devices
 
     @classmethod
     def from_image(
@@ -134,6 +156,21 @@ class Machine(Attaching, Copying):
             **options,
         )
 
+    @classmethod
+    def _spawned(cls, snapshot: Snapshot, options: dict[str, Any]) -> Self | None:
+        if cls.__init__ is not Machine.__init__:  # it may have more to do
+            return None
+        plan = Plan.of(snapshot, _FIX_HYPERCALL_INSN)
+        if plan is None:
+            return None
+        machine = cls.__new__(cls)
+        machine._set_up(snapshot.config, options.get("output"), options.get("input"))
+        machine.kvm, machine.vm = plan.make()
+        for cpu in machine.cpus:
+            cpu.loop.routes = NO_ROUTES
+            cpu.finisher = partial(machine._finish_exit, cpu)
+        return machine
+
     def _build(self, irqchip: str | None) -> None:
         if self.vm.check_extension("DISABLE_QUIRKS2") & _FIX_HYPERCALL_INSN:
             # A guest's memory is the guest's: KVM does not patch VMCALL and VMMCALL in it.
@@ -155,23 +192,13 @@ class Machine(Attaching, Copying):
             ram.write(self.layout.base, self.layout.data)
 
     def _share_ram(self, origin: Snapshot) -> None:
-        for image in origin.images:
-            base = image.base
-            region = self.vm.add_memory(
-                image.address,
-                image.size,
-                readonly=image.readonly,
-                backing="private",
-                fd=base.fd,
-                offset=base.offset,
-            )
-            region.origin = image
-            image.add_increments(region.host_address)
+        for slot, image in enumerate(origin.images):
+            self.vm.adopt_memory(image.map(slot))
 
     def _add_cpu(self, cpuid: bytes | None) -> None:
         cpu = self.vm.create_vcpu()
         cpu.loop.routes = self.dispatch.routes
-        cpu.finisher = lambda: self._finish_exit(cpu)
+        cpu.finisher = partial(self._finish_exit, cpu)
         cpu.set_cpuid2(cpuid or packed_cpuid(self.kvm))
         if self._posted:
             cpu.watch_ring()
@@ -249,7 +276,8 @@ class Machine(Attaching, Copying):
         self._closed()
 
     def _closed(self) -> None:
-        self.dispatch.release()
+        if self._dispatch is not None:
+            self._dispatch.release()
         self.kvm.close()
 
     def __enter__(self) -> Self:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Any, Final
 
 from kvmpy.abi import lib
 from kvmpy.counts import ExitCounts
@@ -27,13 +27,15 @@ from kvmpy.vm import VM
 from kvmpy.x86.exceptions import GuestException, decode_exception
 from kvmpy.x86.registers import Registers
 
-__all__ = ["Running"]
+__all__ = ["LAST_END", "Running"]
 
 _OUTCOMES: Final = {
     lib.KVMPY_STOPPED: "stopped",
     lib.KVMPY_DEADLINE: "timeout",
     lib.KVMPY_MAX_EXITS: "max-exits",
 }
+LAST_END: Final = lib.KVMPY_ENDED
+"""Numbers of the C loop's up to this one end a run."""
 _HALT: Final = 5  # KVM_EXIT_HLT
 _LAST: Final = (Halt, Shutdown, InternalError, FailEntry, Interrupted)
 
@@ -43,8 +45,8 @@ class Running:
 
     vm: VM
     layout: Layout
-    dispatch: Dispatch
     entry: int | None
+    _dispatch: Dispatch | None = None
 
     def __init__(self, *, strict: bool, posted: bool) -> None:
         self._strict, self._posted = strict, posted
@@ -53,6 +55,11 @@ class Running:
         self._watched: set[VCPU] = set()  # those whose exit is being served for exits()
         self.seconds = 0.0
         """How long the last run took."""
+
+    @property
+    def dispatch(self) -> Dispatch:
+        """Who answers which access."""
+        raise NotImplementedError
 
     @property
     def cpus(self) -> list[VCPU]:
@@ -73,7 +80,7 @@ class Running:
         loop = vcpu.begin(timeout, max_exits=limit)
         try:
             try:
-                code = serve(lib.kvmpy_run, loop, self.dispatch, drain)
+                code = self._serve(loop, drain)
             finally:
                 lib.kvmpy_end(loop)
                 self.seconds = seconds = time.perf_counter() - started
@@ -86,6 +93,14 @@ class Running:
             if isinstance(error, KeyboardInterrupt):
                 drain()
             raise
+
+    def _serve(self, loop: Any, drain: Callable[[], None]) -> int:
+        if self._dispatch is None:  # many a guest ends without a device
+            code: int = lib.kvmpy_run(loop)
+            if code <= LAST_END:
+                return code
+            loop.awaiting = 0  # the access is handed over once more
+        return serve(lib.kvmpy_run, loop, self.dispatch, drain)
 
     def exits(
         self, timeout: float | None = None, max_exits: int | None = None, cpu: int = 0
@@ -134,6 +149,8 @@ class Running:
 
     def _finish_exit(self, vcpu: VCPU) -> None:
         vcpu.loop.raw = False
+        if not vcpu.loop.incomplete and not vcpu.loop.open:
+            return
         code = serve(lib.kvmpy_finish, vcpu.loop, self.dispatch, _nothing)
         if code == lib.KVMPY_EXIT:
             raise PendingExitError(f"{vcpu.what} has an exit that waits to be seen: run it first")
@@ -208,8 +225,12 @@ class Running:
             value=value if isinstance(value, int) else None,
             exception=value if isinstance(value, GuestException) else None,
             exit=exit_,
-            unclaimed=tuple(self.unclaimed()) if self.dispatch.any_unclaimed else (),
+            unclaimed=tuple(self.unclaimed()) if self._any_unclaimed else (),
         )
+
+    @property
+    def _any_unclaimed(self) -> bool:
+        return self._dispatch is not None and self._dispatch.any_unclaimed
 
     def unclaimed(self) -> list[str]:
         """A line for each address at which accesses found no device, with their number."""

@@ -11,6 +11,7 @@ from kvmpy.exits import OFFSET_REASON
 from kvmpy.machine import Machine
 from kvmpy.memory import Memory
 from kvmpy.result import CRASHES
+from kvmpy.running import LAST_END
 from kvmpy.serve import serve
 from kvmpy.snapshot import Snapshot
 from kvmpy.vcpu import NO_LIMIT, nanoseconds
@@ -28,7 +29,6 @@ _HALT: Final = 5  # KVM_EXIT_HLT
 _RUN_SIZE: Final = ffi.sizeof("struct kvmpy_run")
 _RUN_REGS: Final = _RUN_SIZE - Registers.SIZE  # struct kvm_regs is the last of it
 _FASTEST_BEAT_NS: Final = 1_000_000
-_OVER: Final = lib.KVMPY_ENDED  # numbers up to this one end a run
 
 
 class Outcome(NamedTuple, Generic[_T]):
@@ -215,7 +215,7 @@ def _run(prepared: _Prepared, chunk: list[_T]) -> Iterator[Outcome[_T]]:
             try:
                 done = _call(prepared, chunk)
                 over = runs[done - 1].code
-                if over > _OVER:
+                if over > LAST_END:
                     runs[done - 1].code = over = _serve(prepared, done - 1)
             finally:
                 lib.kvmpy_pause(native.loop)
@@ -242,7 +242,7 @@ def _call(prepared: _Prepared, chunk: list[_T]) -> int:
     loop.exits_left = native.max_exits
     code = lib.kvmpy_resume(loop, native.timeout_ns) or lib.kvmpy_run(loop)
     prepared.runs[0].code = code
-    if 0 <= code <= _OVER:
+    if 0 <= code <= LAST_END:
         prepared.finish(0)
     return 1
 
@@ -266,7 +266,7 @@ def _outcome(prepared: _Prepared, given: _T, at: int) -> Outcome[_T]:
     packed = prepared.packed(at)
     if code == _EXIT and prepared.runs[at].reason == _HALT:
         return Outcome(given, "halt", "", None, None, packed, collected, machine)
-    if code == _OVER:
+    if code == lib.KVMPY_ENDED:
         value = prepared.runs[at].value
         return Outcome(given, "ended", f"value {value}", value, None, packed, collected, machine)
     outcome, detail, value = machine._came_to(code, machine.cpus[0])

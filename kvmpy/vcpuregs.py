@@ -18,7 +18,7 @@ from kvmpy.x86.events import VcpuEvents
 from kvmpy.x86.registers import Registers
 from kvmpy.x86.state import SpecialRegisters
 
-__all__ = ["REGS", "SREGS", "SYNC_EVENTS", "SYNC_REGS", "SYNC_SREGS", "VcpuRegisters"]
+__all__ = ["EVENTS", "REGS", "SREGS", "SYNC_EVENTS", "SYNC_REGS", "SYNC_SREGS", "VcpuRegisters"]
 
 SYNC_REGS: Final = 1  # KVM_SYNC_X86_REGS
 SYNC_SREGS: Final = 2  # KVM_SYNC_X86_SREGS
@@ -143,15 +143,21 @@ class VcpuRegisters(VcpuState):
         self._written_sregs = packed
         self._write("SET_SREGS", SYNC_SREGS, SREGS, packed)
 
-    def set_packed_sregs(self, packed: bytes) -> None:
-        """Write special registers that KVM has given, as they are."""
+    def set_packed_sregs(self, packed: bytes, cr8: int | None = None) -> None:
+        """Write special registers that KVM has given, as they are; `cr8` is that in them."""
         if len(packed) != SpecialRegisters.SIZE:
             raise ConfigError(f"struct kvm_sregs has {SpecialRegisters.SIZE} bytes")
         self._check_mine()
         self.finish()
-        self._keep_cr8(SpecialRegisters.unpack(packed).cr8)
+        self._keep_cr8(SpecialRegisters.unpack(packed).cr8 if cr8 is None else cr8)
         self._written_sregs = packed
         self._write("SET_SREGS", SYNC_SREGS, SREGS, packed)
+
+    def put(self, bit: int, where: slice, packed: bytes) -> None:
+        """Have a set of registers wait in the mapping, of a vCPU that has no exit at hand."""
+        page = self.run_page
+        page[where] = packed
+        page[OFFSET_DIRTY_REGS] |= bit
 
     def _write(self, name: str, bit: int, where: slice, packed: bytes) -> None:
         if self.can_sync & bit:

@@ -3,7 +3,7 @@
 import mmap
 import struct
 from types import TracebackType
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvmpy.abi import address_of, pack
 from kvmpy.errors import ConfigError, OverlapError, UnsupportedError
@@ -13,7 +13,7 @@ from kvmpy.stats import Stats
 from kvmpy.vcpu import VCPU
 from kvmpy.x86.state import ClockData
 
-__all__ = ["IDENTITY_MAP_ADDRESS", "TSS_ADDRESS", "VM"]
+__all__ = ["IDENTITY_MAP_ADDRESS", "TSS_ADDRESS", "VM", "Facts"]
 
 # Intel's VMX without "unrestricted guest" keeps four pages of its own in guest-physical
 # memory: out of the way of RAM, below the firmware's place (KVM API, 4.36 and 4.40).
@@ -23,6 +23,15 @@ TSS_ADDRESS: Final = 0xFFFBD000
 _LOG_DIRTY, _READONLY = 1, 2  # KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
 
 
+class Facts(NamedTuple):
+    """What every VM of this host's is like, as its capabilities say."""
+
+    vcpu_mmap_size: int
+    sync_regs: int
+    ring_page: int
+    xsave_size: int
+
+
 class VM(InterruptController):
     """One VM, made by `KVM.create_vm()`. Closing it closes its vCPUs and unmaps its RAM.
 
@@ -30,21 +39,29 @@ class VM(InterruptController):
     `memory` is all of its RAM by guest-physical address; `vcpus` are its vCPUs, in order.
     """
 
-    def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
+    def __init__(self, fd: int, vcpu_mmap_size: int | Facts) -> None:
         super().__init__(fd, "the VM")
         self.memory = AddressSpace()
         self.vcpus: list[VCPU] = []
         self.logs_for_reset = False
         """Whether the dirty log is kvmpy's own (see `snapshot.reset`)."""
-        self._vcpu_mmap_size = vcpu_mmap_size
-        self._sync_regs = self.check_extension("SYNC_REGS")
-        self._ring_page = self.check_extension("COALESCED_MMIO")
-        self._xsave_size = self.check_extension("XSAVE2")
+        self.for_vmx = False
+        """Whether it has the addresses that only VMX needs."""
+        if isinstance(vcpu_mmap_size, Facts):  # somebody has found them out, and made the VM
+            self.facts = vcpu_mmap_size
+            return
+        self.facts = Facts(
+            vcpu_mmap_size,
+            self.check_extension("SYNC_REGS"),
+            self.check_extension("COALESCED_MMIO"),
+            self.check_extension("XSAVE2"),
+        )
         try:
             self.set_identity_map_addr(IDENTITY_MAP_ADDRESS)
             self.set_tss_addr(TSS_ADDRESS)
+            self.for_vmx = True
         except UnsupportedError:
-            pass  # only VMX needs them, and there they exist
+            pass  # and where VMX is, they exist
         except BaseException:
             self.close()
             raise
@@ -87,13 +104,17 @@ class VM(InterruptController):
         options = {"readonly": readonly, "log_dirty": log_dirty, "huge": huge}
         self.fd  # noqa: B018 - refuse a closed VM before anything is mapped
         region = Memory(address, size, slot=slot, backing=backing, fd=fd, offset=offset, **options)
+        self.adopt_memory(region)
+        return region
+
+    def adopt_memory(self, region: Memory) -> None:
+        """Give the guest a region that was made already, in a slot that is free."""
         try:
             self._set_slot(region, region.size)
         except BaseException:
             region.close()
             raise
         self.memory.add(region)
-        return region
 
     def remove_memory(self, region: Memory) -> None:
         """Take a region away from the guest and unmap it; BufferError while it has views."""
@@ -181,13 +202,17 @@ class VM(InterruptController):
         """A new vCPU; its id is `index`, by default the number of those there are."""
         number = len(self.vcpus) if index is None else index
         fd = self.ioctl("CREATE_VCPU", number, "a vCPU's id must be new and below KVM's maximum")
+        return self.adopt_vcpu(fd, number)
+
+    def adopt_vcpu(self, fd: int, index: int) -> VCPU:
+        """A vCPU that was made already; `fd` is then its own."""
         vcpu = VCPU(
             fd,
-            number,
-            self._vcpu_mmap_size,
-            sync_regs=self._sync_regs,
-            ring_page=self._ring_page,
-            xsave_size=self._xsave_size,
+            index,
+            self.facts.vcpu_mmap_size,
+            sync_regs=self.facts.sync_regs,
+            ring_page=self.facts.ring_page,
+            xsave_size=self.facts.xsave_size,
         )
         self.vcpus.append(vcpu)
         return vcpu

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmpy import ConfigError, Machine, OverlapError, assemble
+from kvmpy import ConfigError, HostError, Machine, OverlapError, assemble
 from kvmpy.bus import Stateful
-from kvmpy.devices import Capture, Counter, PostCode, Serial16550A
+from kvmpy.devices import Capture, Counter, PostCode, Serial16550A, standard
 from kvmpy.devices.reset import ResetControl
 from kvmpy.memory import PAGE_SIZE
-from kvmpy.snapshot.diff import _without_in_use
+from kvmpy.snapshot import Plan
+from kvmpy.snapshot.diff import without_in_use
 from kvmpy.x86.state import MPState
 
 pytestmark = pytest.mark.usefixtures("kvm_host")
@@ -104,7 +105,7 @@ def end_state(machine: Machine) -> tuple[Any, ...]:
         result.value,
         cpu.get_regs(),
         cpu.get_sregs(),
-        _without_in_use(cpu.get_xsave()),
+        without_in_use(cpu.get_xsave()),
         machine.memory.read(0, MEMORY),
         device.device.value,
         machine.console,
@@ -541,3 +542,102 @@ def test_an_exit_at_hand_is_finished_first() -> None:
         machine.restore(snapshot)
         machine.run(max_exits=1, timeout=10)  # the next one is OUT
         assert asked.device.value == (value * 31 + 1) & 0xFFFFFFFFFFFFFFFF
+
+
+def test_the_standard_devices_with_a_state_are_those_that_a_snapshot_has() -> None:
+    with Machine(MEMORY) as machine:
+        machine.load(code("hlt"), 0x1000)
+        snapshot = machine.snapshot()
+    assert snapshot.devices and standard.has_all(snapshot.devices)
+    assert set(snapshot.devices) == standard._STATEFUL
+    assert not standard.has_all([*snapshot.devices, "port 0x30"])
+
+
+def test_a_copy_has_its_devices_as_soon_as_it_needs_them() -> None:
+    """From Python, from the guest, and for what has no snapshot of its own."""
+    text = "mov edx, 0x3f8\nmov al, 'x'\nout dx, al\nmov edx, 0x3ff\nin al, dx\nout 0x80, al\nhlt"
+    with Machine(MEMORY) as machine:
+        machine.load(code(text), 0x1000)
+        machine.dispatch.write(machine.dispatch.ports, 0x3FF, 1, 0x5A)  # the scratch register
+        machine.dispatch.write(machine.dispatch.ports, 0x80, 1, 1)
+        snapshot = machine.snapshot()
+    with Machine.from_snapshot(snapshot) as copy:
+        assert copy._dispatch is None
+        assert copy.run(timeout=10).outcome == "halt"
+        assert copy.console == b"x" and copy.cpus[0].get_regs().rax & 0xFF == 0x5A
+        post = copy.devices["POST code"]
+        assert isinstance(post, PostCode) and list(post.codes) == [1, 0x5A]
+    with Machine.from_snapshot(snapshot) as copy:
+        serial = copy.devices["serial"]
+        assert isinstance(serial, Serial16550A) and serial.read(7, 1) == 0x5A
+    with Machine.from_snapshot(snapshot) as copy:
+        copy.reset_to(snapshot)
+        assert copy.run(timeout=10).exits == {"port-out": 2, "port-in": 1, "halt": 1}
+    with Machine.from_snapshot(snapshot) as copy:
+        copy.memory.write(0x1000, b"\xf4")
+        assert copy.run(timeout=10).unclaimed == () and copy._dispatch is None
+        assert copy.snapshot().devices == snapshot.devices
+
+
+def test_a_subclass_with_more_to_do_is_made_step_by_step() -> None:
+    class Noted(Machine):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.note = "made"
+
+    with Machine(MEMORY) as machine:
+        machine.load(code("hlt"), 0x1000)
+        snapshot = machine.snapshot()
+    with Noted.from_snapshot(snapshot) as copy:
+        assert copy.note == "made" and copy.run(timeout=10).outcome == "halt"
+
+
+def test_what_differs_from_a_new_vcpu_is_written() -> None:
+    """Each kind of state that a copy gets by an ioctl of its own, and several vCPUs."""
+    with Machine(MEMORY, cpus=2) as machine:
+        machine.load(code("hlt"), 0x1000)
+        cpu = machine.cpus[1]
+        debug = cpu.get_debugregs()
+        debug.db = (0x1234, 0, 0, 0)
+        cpu.set_debugregs(debug)
+        area = bytearray(cpu.get_xsave())
+        area[512] |= 2
+        area[160] = 77  # XMM0
+        cpu.set_xsave(bytes(area))
+        cpu.set_msrs({0xC0000082: 0x4321})  # LSTAR
+        special = cpu.get_sregs()
+        special.gdt.limit = 0x77
+        cpu.set_sregs(special)
+        snapshot = machine.snapshot()
+    with Machine.from_snapshot(snapshot) as copy:
+        assert copy._dispatch is None  # it was made in one go
+        cpu = copy.cpus[1]
+        assert cpu.get_debugregs().db[0] == 0x1234
+        assert cpu.get_xsave()[160] == 77
+        assert cpu.get_msrs([0xC0000082]) == {0xC0000082: 0x4321}
+        assert cpu.get_sregs().gdt.limit == 0x77
+        assert not snapshot.diff(copy.snapshot())
+
+
+def test_a_copy_that_cannot_be_made_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Machine(MEMORY) as machine:
+        machine.load(code("hlt"), 0x1000)
+        snapshot = machine.snapshot()
+    with Machine.from_snapshot(snapshot):
+        pass
+    plan = Plan.of(snapshot, 0)
+    assert plan is not None
+    last = plan._native[len(plan._calls) - 1]
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    kept = last.request
+    try:
+        last.request = 0xAE00 + 0xFF  # no ioctl of a vCPU's
+        with pytest.raises(HostError, match="KVM_SET_"):
+            Machine.from_snapshot(snapshot)
+    finally:
+        last.request = kept
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+    with Machine.from_snapshot(snapshot) as copy:
+        assert copy.run(timeout=10).outcome == "halt"

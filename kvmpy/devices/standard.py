@@ -1,20 +1,24 @@
 """The devices that every machine has, each attached where a PC or QEMU has it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final, Protocol
 
 from ..bus import Claim, Device
 from . import console, debugexit, post, power, reset, serial
 
-__all__ = ["CONSOLE_PORTS", "attach"]
+__all__ = ["CONSOLE_PORTS", "attach", "has_all"]
 
 CONSOLE_PORTS: Final = (console.PORT, console.FIRMWARE_PORT)
 
 
-class _Ports(Protocol):
-    def attach_port(
-        self, base: int, size: int, device: Device, name: str | None = None
-    ) -> Claim: ...
+_STATEFUL: Final = frozenset(
+    f"port {port:#x}" for port in (serial.PORT, post.PORT, reset.CONTROL_PORT)
+)
+
+
+def has_all(names: Collection[str]) -> bool:
+    """Whether the devices of a snapshot, by bus and address, are all of these."""
+    return _STATEFUL.issuperset(names)
 
 
 class _Finish(Protocol):
@@ -22,7 +26,7 @@ class _Finish(Protocol):
 
 
 def attach(
-    machine: _Ports,
+    attach_port: Callable[[int, int, Device], Claim],
     output: Callable[[bytes], object],
     input: Callable[[], bytes] | None,
     finish: _Finish,
@@ -40,14 +44,14 @@ def attach(
     debug_exit = debugexit.DebugExit(lambda value: finish("debug-exit", f"value {value}", value))
     power_off = power.PowerOff(lambda: finish("power-off"))
 
-    machine.attach_port(console.PORT, console.SIZE, debug_console)
-    machine.attach_port(console.FIRMWARE_PORT, console.SIZE, debug_console)
-    machine.attach_port(serial.PORT, serial.SIZE, uart)
-    machine.attach_port(post.PORT, post.SIZE, codes)
-    machine.attach_port(reset.KEYBOARD_PORT, reset.SIZE, keyboard)
-    machine.attach_port(reset.CONTROL_PORT, reset.SIZE, control)
-    machine.attach_port(debugexit.PORT, debugexit.SIZE, debug_exit)
-    machine.attach_port(power.PORT, power.SIZE, power_off)
+    attach_port(console.PORT, console.SIZE, debug_console)
+    attach_port(console.FIRMWARE_PORT, console.SIZE, debug_console)
+    attach_port(serial.PORT, serial.SIZE, uart)
+    attach_port(post.PORT, post.SIZE, codes)
+    attach_port(reset.KEYBOARD_PORT, reset.SIZE, keyboard)
+    attach_port(reset.CONTROL_PORT, reset.SIZE, control)
+    attach_port(debugexit.PORT, debugexit.SIZE, debug_exit)
+    attach_port(power.PORT, power.SIZE, power_off)
     devices: tuple[Device, ...] = (
         debug_console,
         uart,

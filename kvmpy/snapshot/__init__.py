@@ -7,12 +7,14 @@ from kvmpy.snapshot.cpu import CpuState, VmState, load_cpu, load_vm, save_cpu, s
 from kvmpy.snapshot.diff import Difference
 from kvmpy.snapshot.pages import Image, capture, put_back
 from kvmpy.snapshot.snapshot import Config, Snapshot, same_shape
+from kvmpy.snapshot.spawn import Plan
 
 __all__ = [
     "Config",
     "CpuState",
     "Difference",
     "Image",
+    "Plan",
     "Snapshot",
     "VmState",
     "capture",

@@ -12,7 +12,7 @@ from kvmpy.x86.state import DebugRegisters, SpecialRegisters
 if TYPE_CHECKING:
     from kvmpy.snapshot.snapshot import Snapshot
 
-__all__ = ["Difference", "difference"]
+__all__ = ["Difference", "difference", "without_in_use"]
 
 TIME_STAMPS: Final = (0x10, 0x3B, 0xE7, 0xE8)  # IA32_TSC, _TSC_ADJUST, _MPERF, _APERF
 _TYPED: Final[dict[str, Any]] = {
@@ -86,7 +86,7 @@ def difference(one: "Snapshot", other: "Snapshot") -> Difference:
     return Difference(tuple(pages), count, registers, devices)
 
 
-def _without_in_use(area: bytes) -> bytes:
+def without_in_use(area: bytes) -> bytes:
     """An XSAVE area without XSTATE_BV (SDM Vol.1 13.4.2).
 
     Whether a processor takes registers at their initial values for in use is its own affair, and
@@ -107,7 +107,7 @@ def _state(name: str, before: bytes, after: bytes) -> dict[str, tuple[Any, Any]]
             if one.get(index) != other.get(index) and index not in TIME_STAMPS
         }
     if name == "XSAVE":
-        before, after = _without_in_use(before), _without_in_use(after)
+        before, after = without_in_use(before), without_in_use(after)
         if before == after:
             return {}
     if name not in _TYPED or not before or not after:

@@ -104,6 +104,22 @@ class Image:
         """The bytes that its own file takes; a page of zeros takes none."""
         return os.fstat(self.fd).st_blocks * 512
 
+    def map(self, slot: int) -> Memory:
+        """A region of RAM that has its content, and shares its pages until they are written."""
+        base = self.base
+        region = Memory(
+            self.address,
+            self.size,
+            slot=slot,
+            readonly=self.readonly,
+            backing="private",
+            fd=base.fd,
+            offset=base.offset,
+        )
+        region.origin = self
+        self.add_increments(region.host_address)
+        return region
+
     def view(self) -> mmap.mmap:
         """The whole content, mapped; kept, since what compares and resets reads it often."""
         if self._view is None:

@@ -24,11 +24,11 @@ from kvmpy.vcpuregs import SYNC_EVENTS, SYNC_REGS, SYNC_SREGS
 from kvmpy.vm import VM
 from kvmpy.x86.state import SpecialRegisters
 
-__all__ = ["SCOPES", "Resetter", "accepted_msrs"]
+__all__ = ["IN_PAGE", "SCOPES", "Resetter", "accepted_msrs"]
 
 SCOPES: Final = ("all", "registers")
 _SYNC_ALL: Final = SYNC_REGS | SYNC_SREGS | SYNC_EVENTS
-_IN_PAGE: Final = ("REGS", "SREGS", "VCPU_EVENTS")  # the order of struct kvm_sync_regs
+IN_PAGE: Final = ("REGS", "SREGS", "VCPU_EVENTS")  # the order of struct kvm_sync_regs
 _MANUAL: Final = 1  # KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
 
 
@@ -175,7 +175,7 @@ class Resetter:
         for at, value in enumerate((special.cr0, special.cr3, special.cr4, special.efer)):
             one.paging[at] = value
         if self._in_page:
-            packed = b"".join(state[name] for name in _IN_PAGE)
+            packed = b"".join(state[name] for name in IN_PAGE)
             one.sync = self._keep(ffi.new("uint8_t[]", packed))
         cpu.sync_regs |= SYNC_SREGS | SYNC_EVENTS  # so that it shows what changed
 
@@ -195,7 +195,7 @@ class Resetter:
         cr8 = SpecialRegisters.unpack(state["SREGS"]).cr8
         poke = {"poke": address_of(cpu.run_page) + OFFSET_CR8, "value": cr8}
         for name in ORDER:
-            in_page = self._in_page and name in _IN_PAGE
+            in_page = self._in_page and name in IN_PAGE
             if name not in state or in_page or (name == "MP_STATE" and not self._vm.irqchip):
                 continue  # without an irqchip, a vCPU is always runnable
             data = bytearray(state[name])

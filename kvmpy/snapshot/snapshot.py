@@ -26,7 +26,7 @@ class Config:
     devices: bool = True
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Snapshot:
     """All of a machine at one moment; made by `Machine.snapshot`, and never changed.
 
