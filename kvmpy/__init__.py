@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from kvmpy.result import Result
     from kvmpy.runs import Outcome, runs
     from kvmpy.snapshot import Snapshot
+    from kvmpy.spares import Spares
     from kvmpy.vcpu import VCPU
     from kvmpy.vm import VM
 
@@ -93,6 +94,7 @@ __all__ = [
     "Result",
     "Shutdown",
     "Snapshot",
+    "Spares",
     "SystemEvent",
     "UnknownExit",
     "UnsupportedError",
@@ -144,6 +146,7 @@ _HOMES = {
     "kvmpy.result": ("Result",),
     "kvmpy.runs": ("Outcome", "runs"),
     "kvmpy.snapshot": ("Snapshot",),
+    "kvmpy.spares": ("Spares",),
     "kvmpy.vcpu": ("VCPU",),
     "kvmpy.vm": ("VM",),
 }

@@ -29,7 +29,7 @@ ROOMS = (
     {"devices", "asm"},
     {"boot", "snapshot"},
     {"console", "dispatch", "serve", "result", "running", "attaching", "copying", "machine"},
-    {"probe", "probeguests", "runs"},
+    {"probe", "probeguests", "runs", "spares"},
     {"bench"},
     {"cli"},
     {"__main__", "__init__"},

@@ -31,9 +31,9 @@ sys.modules[spec.name] = stats  # dataclasses look for the module of a class
 spec.loader.exec_module(stats)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, module: str = "core") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.core", *arguments],
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -64,6 +64,23 @@ def test_a_quick_run_has_every_row_with_its_bound(tmp_path: Path) -> None:
         assert name in done.stdout
     if not rows["ioctls of get_regs after an exit"]["note"].startswith("this host lacks"):
         assert rows["ioctls of get_regs after an exit"]["verdict"] == "met"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(150)
+@pytest.mark.usefixtures("kvm_host")
+def test_snapshots_are_measured_beside_c(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    done = run("--quick", "--rounds", "2", "--json", str(file), module="snapshots")
+    if "cannot build the C floor" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    bounds = [row["bound"] for row in rows if row["bound"] is not None]
+    assert bounds == [1.25] * 3 + [1.15] * 2 + [100] * 2 + [400]
+    assert all(row["figure"]["median"] > 0 for row in rows)
+    (memory,) = (row for row in rows if row["bound"] == 400)
+    assert memory["verdict"] == "met"
 
 
 @pytest.mark.parametrize(
