@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         KVMUnavailableError,
         OverlapError,
         PendingExitError,
+        SnapshotError,
         UnsupportedError,
     )
     from kvmpy.exits import (
@@ -94,6 +95,7 @@ __all__ = [
     "Result",
     "Shutdown",
     "Snapshot",
+    "SnapshotError",
     "Spares",
     "SystemEvent",
     "UnknownExit",
@@ -119,6 +121,7 @@ _HOMES = {
         "KVMUnavailableError",
         "OverlapError",
         "PendingExitError",
+        "SnapshotError",
         "UnsupportedError",
     ),
     "kvmpy.exits": (

@@ -160,7 +160,7 @@ class Copying(Running):
         unknown = options.keys() - {"output", "input"}
         if unknown:
             raise ConfigError(f"{', '.join(sorted(unknown))}: a copy is as the snapshot has it")
-        snapshot.check_backend(across_backends)
+        snapshot.check_host(across_backends)
         spawned = cls._spawned(snapshot, options)
         machine = cls._made_from(snapshot, options) if spawned is None else spawned
         try:
@@ -260,7 +260,7 @@ class Copying(Running):
 
     def _check_fits(self, snapshot: Snapshot, across_backends: bool) -> None:
         self._check_stopped()
-        snapshot.check_backend(across_backends)
+        snapshot.check_host(across_backends)
         if not same_shape(list(self.vm.memory), snapshot.images):
             raise ConfigError("the snapshot is of a machine with other RAM")
         if len(snapshot.cpus) != len(self.cpus):

@@ -15,6 +15,7 @@ __all__ = [
     "KvmpyError",
     "OverlapError",
     "PendingExitError",
+    "SnapshotError",
     "UnsupportedError",
 ]
 
@@ -37,6 +38,10 @@ class OverlapError(AddressError):
 
 class ImageError(KvmpyError, ValueError):
     """A guest image that is missing, malformed, or does not fit the machine."""
+
+
+class SnapshotError(KvmpyError, ValueError):
+    """A snapshot's file that is missing, cut off, altered, or in another format."""
 
 
 class AssemblyError(KvmpyError, ValueError):

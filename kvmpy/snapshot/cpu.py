@@ -16,7 +16,16 @@ from kvmpy.vcpu import VCPU
 from kvmpy.vm import VM
 from kvmpy.x86.state import ClockData
 
-__all__ = ["ORDER", "CpuState", "VmState", "load_cpu", "load_vm", "save_cpu", "save_vm"]
+__all__ = [
+    "ORDER",
+    "CpuState",
+    "VmState",
+    "load_cpu",
+    "load_vm",
+    "msr_indices",
+    "save_cpu",
+    "save_vm",
+]
 
 # In the order in which they are written back. The local APIC must be enabled (in SREGS) before its
 # registers count; the TSC-deadline timer (an MSR) needs the APIC's timer mode; MP_STATE and events
@@ -53,7 +62,7 @@ class VmState:
 _readable: dict[int, tuple[int, ...]] = {}
 
 
-def _msr_indices(vcpu: VCPU, listed: tuple[int, ...]) -> tuple[int, ...]:
+def msr_indices(vcpu: VCPU, listed: tuple[int, ...]) -> tuple[int, ...]:
     """The MSRs that this host's vCPUs have; asked for one by one, once per process."""
     process = os.getpid()
     if process not in _readable:
@@ -77,7 +86,7 @@ def save_cpu(vcpu: VCPU, listed: tuple[int, ...], *, apic: bool) -> CpuState:
     state: dict[str, bytes] = {}
     for name in ORDER:
         if name == "MSRS":
-            values = vcpu.get_msrs(_msr_indices(vcpu, listed))
+            values = vcpu.get_msrs(msr_indices(vcpu, listed))
             packed = b"".join(
                 struct.pack("<IIQ", index, 0, value) for index, value in values.items()
             )

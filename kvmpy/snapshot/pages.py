@@ -13,7 +13,17 @@ from typing import Any, Final
 from kvmpy.abi import address_of, ffi, host_error, lib
 from kvmpy.memory import PAGE_SIZE, Memory
 
-__all__ = ["Bitmap", "Image", "bits", "capture", "put_back", "set_bits"]
+__all__ = [
+    "Bitmap",
+    "Image",
+    "bits",
+    "capture",
+    "mark",
+    "memory_file",
+    "put_back",
+    "set_bits",
+    "words",
+]
 
 Bitmap = bytearray
 """A bit for each page of 4 KiB, lowest page first, in whole words of 64."""
@@ -50,7 +60,19 @@ def set_bits(pages: int, numbers: list[int]) -> Bitmap:
     return made
 
 
-def _words(bitmap: Bitmap) -> Any:
+def mark(bitmap: Bitmap, first: int, count: int) -> None:
+    """Mark `count` pages from `first` on."""
+    while count and first & 7:
+        bitmap[first >> 3] |= 1 << (first & 7)
+        first, count = first + 1, count - 1
+    whole = count // 8
+    bitmap[first >> 3 : (first >> 3) + whole] = b"\xff" * whole
+    for page in range(first + 8 * whole, first + count):
+        bitmap[page >> 3] |= 1 << (page & 7)
+
+
+def words(bitmap: Bitmap) -> Any:
+    """A bitmap as C takes it."""
     return ffi.from_buffer("uint64_t[]", bitmap, require_writable=True)
 
 
@@ -69,6 +91,7 @@ class Image:
 
     `fd` holds pages at their own offsets from `offset` on, and zeros elsewhere. With `parent` it
     is an increment: only the pages of the bitmap `changed` count, and all others are the parent's.
+    `stored` are the bytes of its pages, where `fd` holds other things beside them.
     The descriptor is closed when the image is no longer used.
     """
 
@@ -82,10 +105,12 @@ class Image:
         readonly: bool = False,
         parent: "Image | None" = None,
         changed: Bitmap | None = None,
+        stored: int | None = None,
     ) -> None:
         self.address, self.size, self.readonly = address, size, readonly
         self.fd, self.offset = fd, offset
         self.parent, self.changed = parent, changed
+        self._stored = stored
         self._view: mmap.mmap | None = None
         self._close = weakref.finalize(self, os.close, fd)
 
@@ -101,8 +126,8 @@ class Image:
 
     @property
     def stored(self) -> int:
-        """The bytes that its own file takes; a page of zeros takes none."""
-        return os.fstat(self.fd).st_blocks * 512
+        """The bytes that its own pages take; a page of zeros takes none."""
+        return os.fstat(self.fd).st_blocks * 512 if self._stored is None else self._stored
 
     def map(self, slot: int) -> Memory:
         """A region of RAM that has its content, and shares its pages until they are written."""
@@ -140,9 +165,9 @@ class Image:
             return
         self.parent.add_increments(start)
         with mmap.mmap(self.fd, self.size, flags=mmap.MAP_PRIVATE, offset=self.offset) as own:
-            words = _words(self.changed)
+            changed = words(self.changed)
             source = _pointer(address_of(own))
-            lib.kvmpy_copy_pages(_pointer(start), source, self.pages, words)
+            lib.kvmpy_copy_pages(_pointer(start), source, self.pages, changed)
 
     def differing(self, other: "Image") -> list[int]:
         """The numbers of the pages in which two images of a region differ."""
@@ -155,7 +180,7 @@ class Image:
                     marked = bytearray(a | b for a, b in zip(marked, step.changed, strict=True))
                     step = step.parent
         here, there = (_pointer(address_of(image.view())) for image in (self, other))
-        lib.kvmpy_differing(here, there, self.pages, _words(marked))
+        lib.kvmpy_differing(here, there, self.pages, words(marked))
         return bits(marked)
 
 
@@ -168,7 +193,7 @@ def own_pages(region: Memory) -> Bitmap:
     pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
         start = _pointer(region.host_address)
-        result = lib.kvmpy_own_pages(pagemap, start, pages, _words(marked))
+        result = lib.kvmpy_own_pages(pagemap, start, pages, words(marked))
     finally:
         os.close(pagemap)
     _checked(result, "reading /proc/self/pagemap")
@@ -185,16 +210,16 @@ def capture(region: Memory) -> Image:
     marked = own_pages(region)
     if isinstance(origin, Image):
         there = _pointer(address_of(origin.view()))
-        count = lib.kvmpy_differing(start, there, pages, _words(marked))
+        count = lib.kvmpy_differing(start, there, pages, words(marked))
         if count <= pages // _FLATTEN:
             stored = bytearray(marked)
-            lib.kvmpy_not_zero(start, pages, _words(stored))
+            lib.kvmpy_not_zero(start, pages, words(stored))
             fd = _write(start, region.size, stored)
             made = _image(region, fd, parent=origin, changed=marked)
             region.origin = made  # its base is what the region maps already
             return made
         marked = _full(pages)
-    lib.kvmpy_not_zero(start, pages, _words(marked))
+    lib.kvmpy_not_zero(start, pages, words(marked))
     made = _image(region, _write(start, region.size, marked))
     _derive(region, made)
     return made
@@ -204,12 +229,22 @@ def _image(region: Memory, fd: int, **more: Any) -> Image:
     return Image(region.address, region.size, fd, readonly=region.readonly, **more)
 
 
-def _write(start: Any, size: int, marked: Bitmap) -> int:
-    """A file in memory with the marked pages."""
+def memory_file(size: int) -> int:
+    """The descriptor of a file in memory of `size` zeros, which take nothing."""
     fd = os.memfd_create("kvmpy-snapshot", os.MFD_CLOEXEC)
     try:
         os.truncate(fd, size)
-        result = lib.kvmpy_write_pages(fd, 0, start, size // PAGE_SIZE, _words(marked))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _write(start: Any, size: int, marked: Bitmap) -> int:
+    """A file in memory with the marked pages."""
+    fd = memory_file(size)
+    try:
+        result = lib.kvmpy_write_pages(fd, 0, start, size // PAGE_SIZE, words(marked))
         _checked(result, "writing the pages of a snapshot")
     except BaseException:
         os.close(fd)
@@ -238,9 +273,9 @@ def put_back(region: Memory, image: Image) -> list[int]:
         for step in _increments(image):  # pages of its own that the region may not have
             marked = bytearray(a | b for a, b in zip(marked, step, strict=True))
     there = _pointer(address_of(image.view()))
-    count = lib.kvmpy_differing(start, there, pages, _words(marked))
+    count = lib.kvmpy_differing(start, there, pages, words(marked))
     if near or region.backing == "shared":
-        lib.kvmpy_copy_pages(start, there, pages, _words(marked))
+        lib.kvmpy_copy_pages(start, there, pages, words(marked))
         if near:
             region.origin = image
     else:

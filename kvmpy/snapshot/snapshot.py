@@ -1,38 +1,38 @@
-"""A machine at one moment, as a value: memory, CPU state, interrupt controllers, devices."""
+"""A machine at one moment, as a value: memory, CPU state, interrupt controllers, devices.
 
+What files need (json, hashlib) is imported by those who save or load: it takes milliseconds.
+"""
+
+import os
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
 
-from kvmpy.errors import ConfigError
+from kvmpy.errors import AddressError, ConfigError, SnapshotError
 from kvmpy.kvm import backend
+from kvmpy.snapshot.config import Config, Saved
 from kvmpy.snapshot.cpu import CpuState, VmState
 from kvmpy.snapshot.diff import Difference, difference
+from kvmpy.snapshot.host import check_host
 from kvmpy.snapshot.pages import Image
+
+if TYPE_CHECKING:
+    from kvmpy.snapshot.load import SnapshotFile
 
 __all__ = ["Config", "Snapshot"]
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
-    """How the machine was made: what `Machine` was called with, as far as a copy needs it."""
-
-    mode: str
-    ring: int
-    memory: int
-    irqchip: str | None = None
-    strict: bool = False
-    posted_console: bool = False
-    devices: bool = True
-
-
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Snapshot:
-    """All of a machine at one moment; made by `Machine.snapshot`, and never changed.
+    """All of a machine at one moment; made by `Machine.snapshot` or `load`, and never changed.
 
     It shares pages with its `parent`, the snapshot that the machine had been at before, and with
     the machines that are made from it; its memory is freed when none of them is left.
     `devices` are the states of the devices that have any, by bus and address.
+
+    It is pickled by reference to its file, so it must have been saved or loaded.
     """
 
     config: Config
@@ -44,6 +44,87 @@ class Snapshot:
     entry: int | None
     parent: "Snapshot | None" = None
     backend: str = field(default_factory=backend)
+    saved: Saved | None = None
+    """The file that it was saved to, or loaded from."""
+    file: "SnapshotFile | None" = None
+    """That which it was loaded from, open."""
+
+    def save(self, path: str | os.PathLike[str], *, compress: str | None = None) -> None:
+        """Write all of it to the file `path`, which then needs no other one.
+
+        Pages of zeros take no room, and pages that are the same are written once. The file appears
+        as a whole or not at all. With `compress` "zstd" it is smaller, and is expanded into memory
+        when it is loaded; without, machines map it as their RAM. Raises ConfigError where the
+        library zstandard is not installed, and HostError for what the host refuses.
+        """
+        from kvmpy.snapshot.save import save
+        from kvmpy.snapshot.values import Contents
+
+        what = Contents(
+            self.config,
+            self.cpus,
+            self.vm,
+            self.devices,
+            self.console,
+            self.entry,
+            self.backend,
+        )
+        saved = save(Path(path), self.images, what, compress)
+        object.__setattr__(self, "saved", saved)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, verify: str = "auto") -> Self:
+        """The snapshot in the file `path`. Its RAM is mapped, not read, unless it is compressed.
+
+        The file must stay as it is while the snapshot or a machine of it is in use (replacing it
+        by another one, as `save` does, is no change). `verify` says which checksums are compared
+        now: "index", all but those of pages; "all"; or "auto", all if there are at most 64 MiB of
+        pages. `verify()` does it later. Raises SnapshotError for a file that is missing, cut off,
+        altered, or of another version.
+        """
+        from kvmpy.snapshot.load import SnapshotFile
+
+        return cls._of(SnapshotFile(path), verify)
+
+    @classmethod
+    def _of(cls, file: "SnapshotFile", verify: str) -> Self:
+        return cls(
+            images=file.images(verify),
+            saved=file.saved,
+            file=file,
+            **file.contents._asdict(),
+        )
+
+    @property
+    def path(self) -> Path | None:
+        """The file that it was saved to or loaded from last."""
+        return None if self.saved is None else self.saved.path
+
+    def verify(self) -> None:
+        """Compare every page of its file with its checksum; SnapshotError where one is another.
+
+        That is the file that it was loaded from, or else that which it was saved to.
+        """
+        if self.file is not None:
+            self.file.verify()
+        elif self.saved is None:
+            raise ConfigError("the snapshot is in no file: save it first")
+        else:
+            _same(self.saved).verify()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.saved is None:
+            raise ConfigError(
+                "a snapshot is pickled by reference to its file: save it first, snapshot.save(path)"
+            )
+        _known[self.saved] = self
+        return _known_or_loaded, (str(self.saved.path), self.saved.digest)
+
+    def __copy__(self) -> Self:
+        return self  # it is never changed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
 
     @property
     def size(self) -> int:
@@ -59,8 +140,6 @@ class Snapshot:
 
     def read(self, address: int, length: int) -> bytes:
         """A copy of `length` bytes of RAM at guest-physical `address`; AddressError outside."""
-        from kvmpy.errors import AddressError
-
         for image in self.images:
             if image.address <= address and address + length <= image.address + image.size:
                 start = address - image.address
@@ -71,10 +150,11 @@ class Snapshot:
         """What differs from here to another snapshot of the same kind of machine."""
         return difference(self, other)
 
-    def check_backend(self, across: bool = False) -> None:
+    def check_host(self, across: bool = False) -> None:
         """Raise ConfigError on another backend than that which it was taken on.
 
-        With `across`, nothing is refused: what of the state means the same there is up to KVM.
+        With `across`, that is no reason: what of the state means the same there is up to KVM.
+        UnsupportedError names what its vCPUs need and this host's do not have.
         """
         here = backend()
         if here != self.backend and not across:
@@ -82,6 +162,8 @@ class Snapshot:
                 f"the snapshot was taken under {self.backend}, and this host has {here}: "
                 "across_backends=True tries all the same"
             )
+        if self.file is not None:  # otherwise it was taken here
+            check_host(self.cpus)
 
     def __repr__(self) -> str:
         kind = "increment" if self.parent else "snapshot"
@@ -96,3 +178,26 @@ def by_address(images: Sequence[Image]) -> dict[tuple[int, int], Image]:
 def same_shape(one: Sequence[Any], other: Sequence[Any]) -> bool:
     """Whether two lists of regions or images cover the same addresses."""
     return [(a.address, a.size) for a in one] == [(b.address, b.size) for b in other]
+
+
+# Those that have files and are in use in this process.
+_known: Final[weakref.WeakValueDictionary[Saved, Snapshot]] = weakref.WeakValueDictionary()
+
+
+def _same(saved: Saved) -> "SnapshotFile":
+    """That file, if it is still the one that it was."""
+    from kvmpy.snapshot.load import SnapshotFile
+
+    file = SnapshotFile(saved.path)
+    if file.digest != saved.digest:
+        raise SnapshotError(f"{saved.path}: was replaced by another snapshot since")
+    return file
+
+
+def _known_or_loaded(path: str, digest: bytes) -> Snapshot:
+    """What a pickled snapshot refers to; loaded once per process."""
+    saved = Saved(Path(path), digest)
+    found = _known.get(saved)
+    if found is None:
+        found = _known.setdefault(saved, Snapshot._of(_same(saved), "auto"))
+    return found

@@ -1,0 +1,151 @@
+"""Writing a snapshot to a file: stored pages, repeats, values, tables, and the header last."""
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvmpy.abi import address_of, ffi, host_error, lib
+from kvmpy.errors import ConfigError
+from kvmpy.memory import PAGE_SIZE
+from kvmpy.snapshot.config import Saved
+from kvmpy.snapshot.layout import COMPRESSIONS, Header, digest, pack_values
+from kvmpy.snapshot.newfile import new_file
+from kvmpy.snapshot.pages import Bitmap, Image, mark, set_bits, words
+from kvmpy.snapshot.regions import Block, RegionTable, block_runs, pack_tables
+from kvmpy.snapshot.values import Contents, named
+from kvmpy.snapshot.zstd import compressor
+
+__all__ = ["data_pages", "pieces", "save"]
+
+
+def save(path: Path, images: Sequence[Image], what: Contents, compress: str | None) -> Saved:
+    """Write it; nobody sees the file before it is whole."""
+    if compress not in COMPRESSIONS:
+        raise ConfigError(f"compress={compress!r}: use None or 'zstd'")
+    compressed = None if compress is None else compressor()
+    values = pack_values(named(what))
+    with new_file(path) as fd:
+        end, tables = Header.SIZE, []
+        for image in images:
+            table = _table(image)
+            if compressed is None:
+                table.offset = end
+                _write_in_place(fd, image, table)
+                end += image.size
+            else:
+                end = _write_compressed(fd, image, table, end, compressed)
+            tables.append(table)
+        packed = pack_tables(tables)
+        end = -(-end // PAGE_SIZE) * PAGE_SIZE
+        _write(fd, values, end)
+        _write(fd, packed, end + len(values))
+        header = Header(
+            compress=compress,
+            file_size=end + len(values) + len(packed),
+            values_offset=end,
+            values_size=len(values),
+            values_digest=digest(values),
+            tables_offset=end + len(values),
+            tables_size=len(packed),
+            tables_digest=digest(packed),
+        ).pack()
+        os.truncate(fd, end + len(values) + len(packed))
+        _write(fd, header, 0)
+    return Saved(Path(os.path.abspath(path)), digest(header))
+
+
+def _write(fd: int, data: bytes, offset: int) -> None:
+    left = memoryview(data)
+    while left:
+        done = os.pwrite(fd, left, offset)
+        if not done:
+            raise OSError(errno.ENOSPC, "nothing was written")
+        left, offset = left[done:], offset + done
+
+
+def _table(image: Image) -> RegionTable:
+    """Which pages of an image are to be stored, and which repeat one of those."""
+    marked = _maybe_not_zero(image)
+    view = image.view()
+    start = ffi.cast("uint8_t *", address_of(view))
+    lib.kvmpy_not_zero(start, image.pages, words(marked))
+    table = RegionTable(image.address, image.size, image.readonly, 0, marked)
+    seen: dict[int, int] = {}
+    for runs in block_runs(bytearray(marked)):
+        for first, count in runs:
+            for page in range(first, first + count):
+                data = view[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
+                source = seen.setdefault(hash(data), page)
+                at = source * PAGE_SIZE
+                if source != page and view[at : at + PAGE_SIZE] == data:
+                    table.repeats.append((page, source))
+                    marked[page >> 3] &= ~(1 << (page & 7))
+    return table
+
+
+def _maybe_not_zero(image: Image) -> Bitmap:
+    """The pages that a file of the chain has bytes for; to read all others would fill the memory.
+
+    (A hole of a file in memory gets a page as soon as it is read through a mapping.)
+    """
+    marked = set_bits(image.pages, [])
+    step: Image | None = image
+    while step is not None:
+        if step.changed is not None:
+            marked = bytearray(a | b for a, b in zip(marked, step.changed, strict=True))
+        else:
+            for first, count in data_pages(step.fd, step.offset, step.size):
+                mark(marked, first, count)
+        step = step.parent
+    return marked
+
+
+def data_pages(fd: int, offset: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where a part of a file has data (lseek(2), SEEK_DATA): the first page, and how many."""
+    at, end = offset, offset + size
+    while at < end:
+        try:
+            at = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole is left
+                return
+            raise
+        if at >= end:
+            return
+        after = min(os.lseek(fd, at, os.SEEK_HOLE), end)
+        first = (at - offset) // PAGE_SIZE
+        yield first, -(-(after - offset) // PAGE_SIZE) - first
+        at = after
+
+
+def _write_in_place(fd: int, image: Image, table: RegionTable) -> None:
+    """Each stored page at its own place, so that the file can be mapped as RAM."""
+    with memoryview(image.view()) as view:
+        for runs in block_runs(table.stored):
+            table.blocks.append(Block(0, 0, digest(*pieces(view, runs))))
+    start = ffi.cast("uint8_t *", address_of(image.view()))
+    result = lib.kvmpy_write_pages(fd, table.offset, start, image.pages, words(table.stored))
+    if result < 0:
+        raise host_error(-result, "writing the pages of a snapshot")
+
+
+def _write_compressed(fd: int, image: Image, table: RegionTable, end: int, compressed: Any) -> int:
+    """Each block of stored pages, compressed, one after another from `end` on; the new end."""
+    with memoryview(image.view()) as view:
+        for runs in block_runs(table.stored):
+            data = compressed(b"".join(pieces(view, runs)))
+            _write(fd, data, end)
+            table.blocks.append(Block(end, len(data), digest(data)))
+            end += len(data)
+    return end
+
+
+def pieces(view: memoryview, runs: list[tuple[int, int]], offset: int = 0) -> list[memoryview]:
+    """The bytes of runs of pages, in a mapping whose page 0 is at `offset`."""
+    found = []
+    for first, count in runs:
+        at = offset + first * PAGE_SIZE
+        found.append(view[at : at + count * PAGE_SIZE])
+    return found
