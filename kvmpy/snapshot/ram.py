@@ -7,35 +7,23 @@ they do in RAM, that is the snapshot's own file, and nothing is read before a gu
 import mmap
 import os
 from collections.abc import Callable
-from typing import Final
 
 from kvmpy.abi import address_of, ffi, host_error, lib
 from kvmpy.memory import PAGE_SIZE
 from kvmpy.snapshot.layout import digest
-from kvmpy.snapshot.pages import Bitmap, Image, memory_file, set_bits, words
+from kvmpy.snapshot.pages import Image, memory_file, words
 from kvmpy.snapshot.regions import RegionTable, block_runs
 from kvmpy.snapshot.zstd import decompressor
 
 __all__ = ["expanded", "mapped"]
 
-_MANY: Final = 4
-
 
 def mapped(fd: int, table: RegionTable) -> Image:
-    """The file's own pages as an image; pages that repeat others are an increment upon it.
-
-    An increment is copied into each machine that is made; so where more than a quarter of all
-    pages repeat others, everything is copied into memory once, here.
-    """
-    many = len(table.repeats) > table.pages // _MANY
-    if many:
+    """The file's own pages as an image; a copy of them in memory, where pages repeat others."""
+    if table.repeats:
         return _image(table, _filled(table, lambda made: _copy(fd, made, table)))
-    base = _image(table, os.dup(fd), offset=table.offset, stored=table.stored_pages * PAGE_SIZE)
-    if not table.repeats:
-        return base
-    changed = set_bits(table.pages, [page for page, _ in table.repeats])
-    made = _filled(table, lambda made: _repeat(fd, table.offset, made, table))
-    return _image(table, made, parent=base, changed=changed)
+    taken = table.stored_pages * PAGE_SIZE
+    return _image(table, os.dup(fd), offset=table.offset, stored=taken)
 
 
 def expanded(fd: int, table: RegionTable) -> Image:
@@ -43,24 +31,9 @@ def expanded(fd: int, table: RegionTable) -> Image:
     return _image(table, _filled(table, lambda made: _decompress(fd, made, table)))
 
 
-def _image(
-    table: RegionTable,
-    fd: int,
-    *,
-    offset: int = 0,
-    parent: Image | None = None,
-    changed: Bitmap | None = None,
-    stored: int | None = None,
-) -> Image:
+def _image(table: RegionTable, fd: int, *, offset: int = 0, stored: int | None = None) -> Image:
     return Image(
-        table.address,
-        table.size,
-        fd,
-        offset=offset,
-        readonly=table.readonly,
-        parent=parent,
-        changed=changed,
-        stored=stored,
+        table.address, table.size, fd, offset=offset, readonly=table.readonly, stored=stored
     )
 
 
@@ -81,15 +54,15 @@ def _copy(fd: int, made: int, table: RegionTable) -> None:
         result = lib.kvmpy_write_pages(made, 0, start, table.pages, words(table.stored))
     if result < 0:
         raise host_error(-result, "expanding a snapshot")
-    _repeat(made, 0, made, table)
+    _repeat(made, table)
 
 
-def _repeat(source_fd: int, offset: int, made: int, table: RegionTable) -> None:
-    """Write the repeated pages; what they repeat is in a file in which page 0 is at `offset`."""
+def _repeat(made: int, table: RegionTable) -> None:
+    """Write the repeated pages from what they repeat."""
     last, data = -1, b""
     for page, source in table.repeats:
         if source != last:
-            last, data = source, os.pread(source_fd, PAGE_SIZE, offset + source * PAGE_SIZE)
+            last, data = source, os.pread(made, PAGE_SIZE, source * PAGE_SIZE)
         os.pwrite(made, data, page * PAGE_SIZE)
 
 
@@ -104,4 +77,4 @@ def _decompress(fd: int, made: int, table: RegionTable) -> None:
         for first, count in runs:
             os.pwrite(made, pages[at : at + count * PAGE_SIZE], first * PAGE_SIZE)
             at += count * PAGE_SIZE
-    _repeat(made, 0, made, table)
+    _repeat(made, table)

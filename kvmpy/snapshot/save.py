@@ -17,7 +17,7 @@ from kvmpy.snapshot.regions import Block, RegionTable, block_runs, pack_tables
 from kvmpy.snapshot.values import Contents, named
 from kvmpy.snapshot.zstd import compressor
 
-__all__ = ["data_pages", "pieces", "save"]
+__all__ = ["data_pages", "save"]
 
 
 def save(path: Path, images: Sequence[Image], what: Contents, compress: str | None) -> Saved:
@@ -31,6 +31,7 @@ def save(path: Path, images: Sequence[Image], what: Contents, compress: str | No
         for image in images:
             table = _table(image)
             if compressed is None:
+                _keep_few_repeats(table)
                 table.offset = end
                 _write_in_place(fd, image, table)
                 end += image.size
@@ -85,6 +86,17 @@ def _table(image: Image) -> RegionTable:
     return table
 
 
+def _keep_few_repeats(table: RegionTable) -> None:
+    """Store repeated pages at their places too, unless that doubles the file.
+
+    A file that leaves them out cannot be mapped as it is: loading it fills memory.
+    """
+    if len(table.repeats) <= table.stored_pages:
+        for page, _ in table.repeats:
+            mark(table.stored, page, 1)
+        table.repeats.clear()
+
+
 def _maybe_not_zero(image: Image) -> Bitmap:
     """The pages that a file of the chain has bytes for; to read all others would fill the memory.
 
@@ -124,7 +136,7 @@ def _write_in_place(fd: int, image: Image, table: RegionTable) -> None:
     """Each stored page at its own place, so that the file can be mapped as RAM."""
     with memoryview(image.view()) as view:
         for runs in block_runs(table.stored):
-            table.blocks.append(Block(0, 0, digest(*pieces(view, runs))))
+            table.blocks.append(Block(0, 0, digest(*_pieces(view, runs))))
     start = ffi.cast("uint8_t *", address_of(image.view()))
     result = lib.kvmpy_write_pages(fd, table.offset, start, image.pages, words(table.stored))
     if result < 0:
@@ -135,17 +147,13 @@ def _write_compressed(fd: int, image: Image, table: RegionTable, end: int, compr
     """Each block of stored pages, compressed, one after another from `end` on; the new end."""
     with memoryview(image.view()) as view:
         for runs in block_runs(table.stored):
-            data = compressed(b"".join(pieces(view, runs)))
+            data = compressed(b"".join(_pieces(view, runs)))
             _write(fd, data, end)
             table.blocks.append(Block(end, len(data), digest(data)))
             end += len(data)
     return end
 
 
-def pieces(view: memoryview, runs: list[tuple[int, int]], offset: int = 0) -> list[memoryview]:
-    """The bytes of runs of pages, in a mapping whose page 0 is at `offset`."""
-    found = []
-    for first, count in runs:
-        at = offset + first * PAGE_SIZE
-        found.append(view[at : at + count * PAGE_SIZE])
-    return found
+def _pieces(view: memoryview, runs: list[tuple[int, int]]) -> list[memoryview]:
+    """The bytes of runs of pages."""
+    return [view[first * PAGE_SIZE : (first + count) * PAGE_SIZE] for first, count in runs]
