@@ -1,5 +1,6 @@
 """Snapshots of a machine, going back to one, and new machines made from one."""
 
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from threading import RLock
 from time import perf_counter_ns
@@ -239,8 +240,15 @@ class Copying(Running):
                 "has none there: attach it first (from_snapshot takes `attach`)"
             )
         for name, state in snapshot.devices.items():
-            if name in found:
+            if name not in found:
+                continue
+            try:
                 found[name].load_state(state)
+            except (ArithmeticError, LookupError, TypeError, ValueError, struct.error) as error:
+                raise ConfigError(
+                    f"the device at {name} cannot take the state that the snapshot has for it: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
 
     def _stateful(self) -> Iterator[tuple[str, Stateful]]:
         return _stateful(self.dispatch)

@@ -4,6 +4,7 @@ A file is not trusted. What says where things are is checked when it is opened; 
 as `verify` says, and those that are expanded always.
 """
 
+import errno
 import os
 import stat
 import weakref
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from kvmpy.abi import host_error
-from kvmpy.errors import ConfigError, SnapshotError
+from kvmpy.errors import ConfigError, KvmpyError, SnapshotError
 from kvmpy.memory import PAGE_SIZE
 from kvmpy.snapshot.config import Saved
 from kvmpy.snapshot.layout import Header, digest, unpack_values
@@ -90,8 +91,10 @@ class SnapshotFile:
             return tuple(expanded(self.fd, table) for table in self.tables)
         except SnapshotError as error:
             raise SnapshotError(f"{self.path}: {error}") from None
-        except (OSError, ValueError) as error:
-            code = getattr(error, "errno", 0) or 0
+        except KvmpyError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: more than can be mapped
+            code = getattr(error, "errno", None) or errno.ENOMEM
             raise host_error(code, f"loading the snapshot {self.path}") from None
 
     def verify(self) -> None:

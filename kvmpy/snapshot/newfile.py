@@ -23,14 +23,16 @@ def new_file(path: Path) -> Iterator[int]:
     that (O_TMPFILE), so that nothing is left lying about; elsewhere only a crash leaves it.
     Raises HostError for what the host refuses.
     """
-    target = Path(os.path.realpath(path))  # what a symbolic link leads to, not the link itself
-    if target.exists() and not target.is_file():
-        raise HostError(f"{path}: cannot save there: it is no regular file", errno.EEXIST)
-    temporary = f".{target.name[:200]}.{os.urandom(8).hex()}.tmp"
     try:
+        target = Path(os.path.realpath(path))  # what a symbolic link leads to, not the link itself
+        if target.exists() and not target.is_file():
+            raise HostError(f"{path}: cannot save there: it is no regular file")
         folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
+    except HostError:
+        raise
+    except (OSError, ValueError) as error:
         raise _failed(path, error) from None
+    temporary = f".{target.name[:200]}.{os.urandom(8).hex()}.tmp"
     named = False
     try:
         fd, named = _open(folder, target.parent, temporary)
@@ -68,6 +70,6 @@ def _open(folder: int, parent: Path, temporary: str) -> tuple[int, bool]:
     return os.open(temporary, flags | os.O_CREAT | os.O_EXCL, _MODE, dir_fd=folder), True
 
 
-def _failed(path: Path, error: OSError) -> HostError:
-    code = error.errno or 0
-    return HostError(f"{path}: cannot save there: {os.strerror(code)}", code)
+def _failed(path: Path, error: OSError | ValueError) -> HostError:
+    code = getattr(error, "errno", None) or 0
+    return HostError(f"{path}: cannot save there: {os.strerror(code) if code else error}", code)
