@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmpy import ConfigError, HostError, Machine, Snapshot, SnapshotError, UnsupportedError
+from kvmpy import ConfigError, HostError, Machine, Snapshot, SnapshotError, UnsupportedError, runs
 from kvmpy.memory import PAGE_SIZE
 from kvmpy.snapshot import host, layout, regions
 from kvmpy.snapshot.load import SnapshotFile
@@ -153,6 +153,16 @@ def test_a_machine_maps_the_file(snapshot: Snapshot, tmp_path: Path) -> None:
     found.verify()
     path.unlink()  # it is open: nobody needs its name
     goes_on(found)
+    found.verify()
+
+
+def test_a_loop_over_inputs_goes_back_to_a_file(snapshot: Snapshot, tmp_path: Path) -> None:
+    snapshot.save(tmp_path / "one")
+    found = Snapshot.load(tmp_path / "one")
+    words = [bytes([number]) for number in range(20)]
+    seen = runs(found, words, 0x60000, max_exits=3, timeout=10, collect=(0x60000, 1))
+    assert [(one.collected, one.registers.rax) for one in seen] == [(word, 6) for word in words]
+    assert found.read(0x60000, 1) == b"\0"
     found.verify()
 
 

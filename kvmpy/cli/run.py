@@ -1,11 +1,12 @@
 """`kvmpy run`: boot a guest, its console on standard output, and say how it ended."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 
-from kvmpy.boot.image import load_image
+from kvmpy.boot.image import Image, load_image
 from kvmpy.cli import HOST_FAILED, INTERRUPTED, complain
 from kvmpy.cli.options import ADDRESS, SIZE
 from kvmpy.cli.postmortem import postmortem
@@ -17,7 +18,19 @@ from kvmpy.machine import Machine
 from kvmpy.modes import MODES
 from kvmpy.result import Result
 
-__all__ = ["run"]
+__all__ = [
+    "CRASHED",
+    "INPUT",
+    "MAX_EXITS",
+    "REPORT",
+    "TIMED_OUT",
+    "TIMEOUT",
+    "guest_options",
+    "image_of",
+    "input_of",
+    "run",
+    "run_machine",
+]
 
 TIMED_OUT: Final = 124
 CRASHED: Final = 126
@@ -31,25 +44,58 @@ _STATUS: Final = {
 }
 
 
-@click.command()
-@click.argument("guest")
-@click.option("--mode", type=click.Choice(("auto", *MODES)), default="auto", show_default=True)
-@click.option("--ring", type=click.Choice(("0", "3")), help="The privilege level to start at.")
-@click.option("--memory", type=SIZE, metavar="SIZE", help="RAM, such as 64M.  [default: 16M]")
-@click.option("--load", type=ADDRESS, metavar="ADDR", help="Where a flat image goes.")
-@click.option("--entry", type=ADDRESS, metavar="ADDR", help="Where the guest starts.")
-@click.option("--input", "input_path", type=click.Path(path_type=Path), metavar="FILE",
-              help="Feed the serial port from FILE instead of standard input.")  # fmt: skip
-@click.option("--timeout", type=click.FloatRange(min=0, max=1e6), metavar="SECONDS",
-              help="End the run after that long.")  # fmt: skip
-@click.option(
+def guest_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of verbs that boot a guest: those of `boot`."""
+    for option in reversed(_GUEST_OPTIONS):
+        command = option(command)
+    return command
+
+
+_GUEST_OPTIONS: Final = (
+    click.argument("guest"),
+    click.option("--mode", type=click.Choice(("auto", *MODES)), default="auto", show_default=True),
+    click.option("--ring", type=click.Choice(("0", "3")), help="The privilege level to start at."),
+    click.option("--memory", type=SIZE, metavar="SIZE", help="RAM, such as 64M.  [default: 16M]"),
+    click.option("--load", type=ADDRESS, metavar="ADDR", help="Where a flat image goes."),
+    click.option("--entry", type=ADDRESS, metavar="ADDR", help="Where the guest starts."),
+    click.option("--strict", is_flag=True, help="An access that no device claims ends the run."),
+)
+INPUT: Final = click.option(
+    "--input", "input_path", type=click.Path(path_type=Path), metavar="FILE",
+    help="Feed the serial port from FILE instead of standard input.",
+)  # fmt: skip
+TIMEOUT: Final = click.option(
+    "--timeout", type=click.FloatRange(min=0, max=1e6), metavar="SECONDS",
+    help="End the run after that long.",
+)  # fmt: skip
+MAX_EXITS: Final = click.option(
     "--max-exits", type=click.IntRange(min=1), metavar="N", help="... or that many exits."
 )
-@click.option("--strict", is_flag=True, help="An access that no device claims ends the run.")
+REPORT: Final = click.option(
+    "--report", "report_path", type=click.Path(path_type=Path), metavar="FILE",
+    help="Write what happened to FILE as JSON.",
+)  # fmt: skip
+
+
+def image_of(guest: str, mode: str, ring: str | None, load: int | None, entry: int | None) -> Image:
+    """The guest that those options are about."""
+    level = None if ring is None else int(ring)
+    return load_image(guest, mode=mode, ring=level, load=load, entry=entry)
+
+
+def input_of(path: Path | None) -> Callable[[], bytes]:
+    """What feeds the serial port."""
+    return read_input() if path is None else input_file(path)
+
+
+@click.command()
+@guest_options
+@INPUT
+@TIMEOUT
+@MAX_EXITS
 @click.option("--posted-console", is_flag=True,
               help="Let KVM collect console bytes: cheaper, up to 50 ms late.")  # fmt: skip
-@click.option("--report", "report_path", type=click.Path(path_type=Path), metavar="FILE",
-              help="Write what happened to FILE as JSON.")  # fmt: skip
+@REPORT
 def run(
     *,
     guest: str,
@@ -72,24 +118,24 @@ def run(
     crashed; 130 Ctrl-C.
     """
     report = Report(report_path)
-    image = load_image(
-        guest, mode=mode, ring=None if ring is None else int(ring), load=load, entry=entry
-    )
+    image = image_of(guest, mode, ring, load, entry)
     report.mode = image.mode
-    source = read_input() if input_path is None else input_file(input_path)
     machine = Machine.from_image(
         image,
         memory,
         output=write_output,
-        input=source,
+        input=input_of(input_path),
         strict=strict,
         posted_console=posted_console,
     )
     with machine:
-        return _run(machine, report, timeout, max_exits)
+        return run_machine(machine, report, timeout, max_exits)
 
 
-def _run(machine: Machine, report: Report, timeout: float | None, max_exits: int | None) -> int:
+def run_machine(
+    machine: Machine, report: Report, timeout: float | None, max_exits: int | None
+) -> int:
+    """Run it, say how it ended, and give the exit status."""
     try:
         result = machine.run(timeout=timeout, max_exits=max_exits)
     except KeyboardInterrupt:

@@ -12,6 +12,8 @@ __all__ = ["cli"]
 
 VERBS: Final[Mapping[str, tuple[str, str]]] = {
     "run": ("kvmpy.cli.run", "Run a guest; its console is standard output."),
+    "snapshot": ("kvmpy.cli.snapshot", "Run a guest to a place and save it; info, diff."),
+    "resume": ("kvmpy.cli.resume", "Go on with a guest that was saved."),
     "guests": ("kvmpy.cli.guests", "List the guests that come with kvmpy."),
     "bench": ("kvmpy.cli.bench", "Measure what exits cost, with percentiles."),
     "asm": ("kvmpy.cli.asm", "Assemble a source: addresses and bytes beside the text."),
