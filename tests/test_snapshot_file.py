@@ -297,22 +297,15 @@ KINDS = (None, "zstd", "repeats")
 def test_a_byte_that_was_altered_is_found(
     files: dict[str | None, bytes], tmp_path: Path, kind: str | None, data: st.DataObject
 ) -> None:
-    """Wherever it is, zeros and what lies between the parts included."""
+    """Wherever it is, holes included."""
     whole = files[kind]
     parts = [(0, 256), (256, len(whole)), (len(whole) - 40_000, len(whole))]
     at = data.draw(st.one_of(*(st.integers(a, b - 1) for a, b in parts if a >= 0)))
     bits = data.draw(st.integers(1, 255))
     altered = whole[:at] + bytes([whole[at] ^ bits]) + whole[at + 1 :]
-    try:
-        found = load_all(tmp_path / "altered", altered)
-    except SnapshotError as error:
-        assert "\n" not in str(error)
-        return
-    header = SnapshotFile(tmp_path / "altered").header
-    tables, ends = SnapshotFile(tmp_path / "altered").tables, header.values_offset
-    assert kind == "zstd", "harmless is only what fills up the last page before the values"
-    assert max(one.offset + one.size for one in tables[0].blocks) <= at < ends
-    goes_on(found)
+    with pytest.raises(SnapshotError) as caught:
+        load_all(tmp_path / "altered", altered)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -367,10 +360,14 @@ def test_another_version_and_another_kind_of_file(
             load_all(path, other)
 
 
-def with_parts(whole: bytes, values: bytes, tables: bytes, **changes: Any) -> bytes:
+def with_parts(
+    whole: bytes, values: bytes, tables: bytes, pages: bytes | None = None, **changes: Any
+) -> bytes:
     """A file with other values and tables, and every checksum as it should be."""
     old = layout.Header.unpack(whole[: layout.Header.SIZE], len(whole))
-    offset = old.values_offset
+    if pages is None:
+        pages = whole[layout.Header.SIZE : old.values_offset]
+    offset = layout.Header.SIZE + len(pages)
     facts = {
         "compress": old.compress,
         "file_size": offset + len(values) + len(tables),
@@ -382,7 +379,7 @@ def with_parts(whole: bytes, values: bytes, tables: bytes, **changes: Any) -> by
         "tables_digest": layout.digest(tables),
         **changes,
     }
-    return layout.Header(**facts).pack() + whole[layout.Header.SIZE : offset] + values + tables
+    return layout.Header(**facts).pack() + pages + values + tables
 
 
 def parts_of(whole: bytes) -> tuple[bytes, bytes]:
@@ -398,7 +395,7 @@ NUMBERS = st.one_of(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
 def test_hostile_tables_are_refused_or_harmless(
@@ -423,7 +420,7 @@ def test_hostile_tables_are_refused_or_harmless(
             assert found.pages <= 1 << 31
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_hostile_values_are_refused_or_harmless(
     files: dict[str | None, bytes], tmp_path: Path, data: st.DataObject
@@ -473,10 +470,11 @@ def test_hostile_headers_are_refused(files: dict[str | None, bytes], tmp_path: P
             load_all(tmp_path / "one", with_parts(files[None], values, tables, **change))
     # A file of a terabyte that is a hole, all of which would be tables.
     path = tmp_path / "hole"
-    change = {"file_size": 1 << 40, "tables_size": (1 << 40) - (4 << 20)}
+    start = layout.Header.unpack(files[None][: layout.Header.SIZE], len(files[None])).tables_offset
+    change = {"file_size": 1 << 40, "tables_size": (1 << 40) - start}
     path.write_bytes(with_parts(files[None], values, tables, **change))
     os.truncate(path, 1 << 40)
-    with pytest.raises(SnapshotError, match="outside"):
+    with pytest.raises(SnapshotError, match="malformed"):
         Snapshot.load(path)
 
 
@@ -495,9 +493,10 @@ def test_a_block_that_expands_to_more_is_refused(
         b"\x28\xb5\x2f\xfd" + bytes(20),
     ):
         table.blocks = [regions.Block(PAGE_SIZE, len(bomb), layout.digest(bomb))]
-        data = with_parts(files["zstd"], values, regions.pack_tables([table]))
         path = tmp_path / "bomb"
-        path.write_bytes(data[:PAGE_SIZE] + bomb + data[PAGE_SIZE + len(bomb) :])
+        path.write_bytes(
+            with_parts(files["zstd"], values, regions.pack_tables([table]), pages=bomb)
+        )
         with pytest.raises(SnapshotError, match="is malformed: a block"):
             Snapshot.load(path)
 

@@ -70,7 +70,7 @@ def check(pieces: list[str], ring: int, elsewhere: Elsewhere, path: Path, way: s
             machine.run(max_exits=1, timeout=10)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @pytest.mark.parametrize("way", [None, "zstd"])
 @given(pieces=guests(EVERYWHERE))
 def test_in_ring_0(
@@ -79,7 +79,7 @@ def test_in_ring_0(
     check(pieces, 0, elsewhere, tmp_path / "one", way)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @pytest.mark.parametrize("way", [None, "zstd"])
 @given(pieces=guests(EVERYWHERE + NATIVE))
 def test_in_ring_3(

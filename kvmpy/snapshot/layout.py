@@ -12,13 +12,21 @@ from typing import Final, TypeAlias
 from kvmpy.errors import SnapshotError
 from kvmpy.memory import PAGE_SIZE
 
-__all__ = ["COMPRESSIONS", "Bytes", "Header", "digest", "pack_values", "unpack_values"]
+__all__ = [
+    "COMPRESSIONS",
+    "MOST_BYTES",
+    "Bytes",
+    "Header",
+    "digest",
+    "pack_values",
+    "unpack_values",
+]
 
 MAGIC: Final = b"kvmpysnapshot\r\n\x1a"
 VERSION: Final = 1
 COMPRESSIONS: Final = (None, "zstd")
 _DIGEST: Final = 32
-_MOST_BYTES: Final = 256 << 20  # of values, and of tables: a crafted file must not take for ever
+MOST_BYTES: Final = 256 << 20  # of values, and of tables: a crafted file must not take for ever
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
 _HEADER = struct.Struct("<16sIIQ QQ32s QQ32s")
@@ -86,12 +94,13 @@ class Header:
         if compress >= len(COMPRESSIONS):
             raise SnapshotError(f"has compression {compress}, which this kvmpy does not know")
         made = cls(COMPRESSIONS[compress], size, *places)
-        for offset, length in (
-            (made.values_offset, made.values_size),
-            (made.tables_offset, made.tables_size),
+        if (
+            made.values_offset < cls.SIZE
+            or made.tables_offset != made.values_offset + made.values_size
+            or size != made.tables_offset + made.tables_size
+            or max(made.values_size, made.tables_size) > MOST_BYTES
         ):
-            if offset < cls.SIZE or offset + length > size or length > _MOST_BYTES:
-                raise SnapshotError("is malformed: a part lies outside of the file")
+            raise SnapshotError("is malformed: its parts are not where they must be")
         return made
 
 

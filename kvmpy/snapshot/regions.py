@@ -82,9 +82,12 @@ def pack_tables(tables: Iterable[RegionTable]) -> bytes:
 
 
 def unpack_tables(data: Bytes, header: Header) -> list[RegionTable]:
-    """The same back, checked against each other and against the file's size."""
+    """The same back, checked against each other and against the file's size.
+
+    All parts of a file follow each other without gaps, in which there could be something.
+    """
     tables: list[RegionTable] = []
-    at = end = 0
+    at, end, place = 0, 0, Header.SIZE
     while at < len(data):
         if at + _REGION.size > len(data):
             raise SnapshotError("is malformed: a region is cut off")
@@ -94,12 +97,12 @@ def unpack_tables(data: Bytes, header: Header) -> list[RegionTable]:
         if table.address < end:
             raise SnapshotError("is malformed: regions of RAM overlap")
         end = table.address + table.size
-        _check_places(table, header)
+        place = _place_after(table, place, header.compress)
         tables.append(table)
         if len(tables) > _MOST_REGIONS:
             raise SnapshotError(f"is malformed: it has more than {_MOST_REGIONS} regions of RAM")
-    if not tables:
-        raise SnapshotError("is malformed: it has no RAM")
+    if not tables or place != header.values_offset:
+        raise SnapshotError("is malformed: its pages are not all that lies before its values")
     return tables
 
 
@@ -151,20 +154,18 @@ def _repeats(data: Bytes, stored: Bitmap, pages: int) -> list[tuple[int, int]]:
     return found
 
 
-def _check_places(table: RegionTable, header: Header) -> None:
+def _place_after(table: RegionTable, place: int, compress: str | None) -> int:
+    """Where the region's pages end in the file; they begin at `place`."""
     if len(table.blocks) != -(-table.stored_pages // BLOCK_PAGES):
         raise SnapshotError("is malformed: it has another number of blocks than its pages need")
-    if header.compress is None:
-        if table.offset < Header.SIZE or table.offset + table.size > header.file_size:
-            raise SnapshotError("is malformed: a region of RAM lies outside of the file")
-        inside = all(block.offset == block.size == 0 for block in table.blocks)
-    else:
-        inside = not table.offset and all(
-            block.offset >= Header.SIZE and block.offset + block.size <= header.file_size
-            for block in table.blocks
-        )
-    if not inside:
-        raise SnapshotError("is malformed: a block of pages lies outside of the file")
+    offset = place if compress is None else 0
+    for block in table.blocks:
+        if block.offset != (0 if compress is None else place) or (not compress and block.size):
+            raise SnapshotError("is malformed: a block of pages is not where it must be")
+        place += block.size
+    if table.offset != offset:
+        raise SnapshotError("is malformed: a region of RAM is not where it must be")
+    return place + table.size if compress is None else place
 
 
 def block_runs(stored: Bitmap) -> Iterator[list[tuple[int, int]]]:

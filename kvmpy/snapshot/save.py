@@ -10,7 +10,7 @@ from kvmpy.abi import address_of, ffi, host_error, lib
 from kvmpy.errors import ConfigError
 from kvmpy.memory import PAGE_SIZE
 from kvmpy.snapshot.config import Saved
-from kvmpy.snapshot.layout import COMPRESSIONS, Header, digest, pack_values
+from kvmpy.snapshot.layout import COMPRESSIONS, MOST_BYTES, Header, digest, pack_values
 from kvmpy.snapshot.newfile import new_file
 from kvmpy.snapshot.pages import Bitmap, Image, mark, set_bits, words
 from kvmpy.snapshot.regions import Block, RegionTable, block_runs, pack_tables
@@ -39,7 +39,11 @@ def save(path: Path, images: Sequence[Image], what: Contents, compress: str | No
                 end = _write_compressed(fd, image, table, end, compressed)
             tables.append(table)
         packed = pack_tables(tables)
-        end = -(-end // PAGE_SIZE) * PAGE_SIZE
+        if max(len(values), len(packed)) > MOST_BYTES:
+            raise ConfigError(
+                f"the state of the snapshot's devices has {len(values)} bytes, and the tables of "
+                f"its pages {len(packed)}: a file holds {MOST_BYTES} of each"
+            )
         _write(fd, values, end)
         _write(fd, packed, end + len(values))
         header = Header(
