@@ -256,6 +256,9 @@ def test_pickled_it_is_its_file(snapshot: Snapshot, tmp_path: Path) -> None:
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, input=pickled, capture_output=True, check=True, timeout=30)
     assert done.stdout.decode().split() == ["True", str(found.pages), str(path)]
+    path.rename(tmp_path / "away")
+    assert pickle.loads(pickled) is found  # without a look at the file
+    (tmp_path / "away").rename(path)
     del found
     snapshot.save(tmp_path / "other")
     object.__setattr__(snapshot, "saved", None)
@@ -457,6 +460,19 @@ def test_hostile_values_are_refused_or_harmless(
         assert "\n" not in str(error)
 
 
+def test_pages_beyond_the_region_are_refused(tmp_path: Path) -> None:
+    with Machine(257 * PAGE_SIZE) as machine:
+        machine.load(COUNTING, 0x1000)
+        machine.snapshot().save(tmp_path / "one")
+    whole = (tmp_path / "one").read_bytes()
+    values, tables = parts_of(whole)
+    for at, bit in ((32, 2), (39, 0x80)):  # 257 bits in five words, after 48 bytes
+        hostile = bytearray(tables)
+        hostile[48 + at] |= bit
+        with pytest.raises(SnapshotError, match="that the region does not have"):
+            load_all(tmp_path / "one", with_parts(whole, values, bytes(hostile)))
+
+
 def test_hostile_headers_are_refused(files: dict[str | None, bytes], tmp_path: Path) -> None:
     values, tables = parts_of(files[None])
     for change in (
@@ -491,6 +507,7 @@ def test_a_block_that_expands_to_more_is_refused(
         zstandard.compress(b""),
         zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1 << 20)),
         b"\x28\xb5\x2f\xfd" + bytes(20),
+        b"\x28\xb5\x2f\xfd\xe0" + (1 << 44).to_bytes(8, "little") + bytes(20),  # so it says
     ):
         table.blocks = [regions.Block(PAGE_SIZE, len(bomb), layout.digest(bomb))]
         path = tmp_path / "bomb"
