@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from kvmpy.machine import Machine
     from kvmpy.memory import Memory
     from kvmpy.result import Result
-    from kvmpy.runs import Outcome, runs
+    from kvmpy.repeat import Outcome, runs
     from kvmpy.snapshot import Snapshot
     from kvmpy.spares import Spares
     from kvmpy.vcpu import VCPU
@@ -147,7 +147,7 @@ _HOMES = {
     "kvmpy.machine": ("Machine",),
     "kvmpy.memory": ("Memory",),
     "kvmpy.result": ("Result",),
-    "kvmpy.runs": ("Outcome", "runs"),
+    "kvmpy.repeat": ("Outcome", "runs"),
     "kvmpy.snapshot": ("Snapshot",),
     "kvmpy.spares": ("Spares",),
     "kvmpy.vcpu": ("VCPU",),

@@ -29,7 +29,7 @@ ROOMS = (
     {"devices", "asm"},
     {"boot", "snapshot"},
     {"console", "dispatch", "serve", "result", "running", "attaching", "copying", "machine"},
-    {"probe", "probeguests", "runs", "spares"},
+    {"probe", "probeguests", "repeat", "spares"},
     {"bench"},
     {"cli"},
     {"__main__", "__init__"},

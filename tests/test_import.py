@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -36,6 +37,8 @@ def test_what_is_loaded_by_everything_in_the_face() -> None:
 def test_the_face_is_whole() -> None:
     for name in kvmpy.__all__:
         assert getattr(kvmpy, name) is not None
+        # A module of that name would take its place as soon as somebody imports it.
+        assert find_spec(f"kvmpy.{name}") is None
     assert set(kvmpy.__all__) <= set(dir(kvmpy))
     assert sorted(kvmpy._HOME) == sorted(kvmpy.__all__)
     with pytest.raises(AttributeError, match="nosuch"):

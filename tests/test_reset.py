@@ -352,6 +352,7 @@ def test_a_function_may_write_the_input_and_look_at_the_machine(summing: Any) ->
         inputs = [[1, 2], [3], [4, 5, 6]]
         for one in runs(summing, inputs, write, timeout=10, machine=machine, batch=5):
             assert one.machine is machine
+            assert (one.outcome, one.value) == ("debug-exit", sum(one.input))
             assert machine.memory.read(DATA, 1)[0] == sum(one.input)
         assert machine.run(timeout=10).outcome  # left open
 
@@ -436,6 +437,28 @@ def test_a_devices_exception_comes_out_and_the_machine_is_closed(summing: Any) -
         list(runs(snapshot, range(3), timeout=10, batch=2, attach=broken))
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= before + 2  # the snapshot: its file, and its view
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_what_is_raised_for_an_input_comes_after_the_outcomes_before_it(batch: int) -> None:
+    """Of a device's exceptions as well as of inputs that are too large or no bytes at all."""
+
+    def broken(machine: Machine) -> None:
+        @machine.on_port(0x61)
+        def device(offset: int, size: int, value: int | None) -> int:
+            raise ValueError("broken")
+
+    text = f"mov esi, {INPUT}\ncmp byte ptr [rsi], 1\nje ask\nhlt\nask:\nin al, 0x61\nhlt"
+    with Machine(MEMORY) as machine:
+        machine.load(code(text), 0x1000)
+        snapshot = machine.snapshot()
+    good = [b"\0"] * 5
+    for bad, error in ((b"\1", ValueError), (bytes(MEMORY), AddressError), ("text", TypeError)):
+        found = []
+        with pytest.raises(error):
+            for one in runs(snapshot, [*good, bad, *good], INPUT, batch=batch, attach=broken):
+                found.append(one.outcome)
+        assert found == ["halt"] * 5
 
 
 def test_a_loop_that_is_left_leaves_the_machine_usable(summing: Any) -> None:

@@ -38,6 +38,11 @@ class Outcome(NamedTuple, Generic[_T]):
     `packed` are the general registers at the end. `machine` is the machine as the run has left it:
     good for a look until the next outcome is asked for. `collected` are the bytes that were asked
     for.
+
+    From `kvmpy.map`, and after pickling, `machine` is None: it lives in another process, or is at
+    another input by now. Two more outcomes come from there only: "error", where Python code raised
+    `error` (a device, the function that writes the input), and "worker-died", where that input has
+    ended its worker process each time. `packed` is empty for both.
     """
 
     input: _T
@@ -47,7 +52,8 @@ class Outcome(NamedTuple, Generic[_T]):
     exception: GuestException | None
     packed: bytes
     collected: bytes
-    machine: Machine
+    machine: Machine | Any  # Any, not None: who calls `runs` need not ask each time
+    error: BaseException | None = None
 
     @property
     def registers(self) -> Registers:
@@ -58,6 +64,12 @@ class Outcome(NamedTuple, Generic[_T]):
     def crashed(self) -> bool:
         """Whether the guest died of its own fault."""
         return self.outcome in CRASHES
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Outcome, (*self[:_MACHINE], None, self.error)
+
+
+_MACHINE: Final = Outcome._fields.index("machine")
 
 
 def runs(
@@ -86,6 +98,7 @@ def runs(
     The machine is a new one, with `attach` as in `Machine.from_snapshot`, unless `machine` is
     given, which is left open. Raises AddressError for an input that does not fit into RAM at that
     address. A device's exception is raised as it is; what guests do to themselves is an outcome.
+    What is raised for an input comes after the outcomes of all inputs before it.
     """
     limit = NO_LIMIT if max_exits is None else max_exits
     if not 0 < limit <= NO_LIMIT:
@@ -108,7 +121,12 @@ def runs(
             if machine.resetter is not prepared.resetter:  # gone to another snapshot meanwhile
                 machine.reset_to(snapshot, scope)
                 prepared.use(machine.resetter)
-            yield from _run(prepared, chunk)
+            done = 0
+            while done < len(chunk):
+                taken, data = prepared.take(chunk[done:])
+                yield from _run(prepared, chunk[done : done + taken])
+                done += taken
+                del data  # C reads it until here
     finally:
         lib.kvmpy_quiet(loop)
         loop.heartbeat_ns = before
@@ -168,10 +186,27 @@ class _Prepared:
                 return region
         raise AddressError(f"{size} bytes at {address:#x} are not in writable RAM")
 
-    def take(self, chunk: list[Any]) -> Any:
-        """Give C the inputs; what has to be kept alive until it is done."""
+    def take(self, chunk: list[Any]) -> tuple[int, Any]:
+        """Give C the inputs up to the first that is no good, which raises when it is the first.
+
+        How many it has, and what has to be kept alive until it is done.
+        """
         if not self.room:
-            return None
+            return len(chunk), None
+        try:
+            data = self._place(chunk)
+        except (TypeError, ValueError):
+            for good, one in enumerate(chunk):
+                try:
+                    self._place([one])
+                except (TypeError, ValueError):
+                    if not good:
+                        raise
+                    return good, self._place(chunk[:good])
+            raise
+        return len(chunk), data
+
+    def _place(self, chunk: list[Any]) -> Any:
         end = 0
         for at, one in enumerate(chunk):
             size = len(one)
@@ -181,8 +216,7 @@ class _Prepared:
                 )
             end += size
             self.ends[at] = end
-        data = ffi.from_buffer(chunk[0] if len(chunk) == 1 else b"".join(chunk))
-        self.native.data = data
+        self.native.data = data = ffi.from_buffer(chunk[0] if len(chunk) == 1 else b"".join(chunk))
         return data
 
     def finish(self, at: int) -> None:
@@ -205,15 +239,19 @@ class _Prepared:
 def _run(prepared: _Prepared, chunk: list[_T]) -> Iterator[Outcome[_T]]:
     """Run a chunk of inputs; their outcomes."""
     machine, native, runs = prepared.machine, prepared.native, prepared.runs
-    kept, done, total = prepared.take(chunk), 0, len(chunk)
+    done, total = 0, len(chunk)
     native.count = total
     machine.cpus[0]._runner = threading.get_ident()
     while done < total:
         machine.before_reset()
         native.first = first = done
+        error = None
+        if prepared.write is not None:  # what it raises leaves nothing unread
+            prepared.resetter.reset()
+            prepared.write(machine, chunk[0])
         try:
             try:
-                done = _call(prepared, chunk)
+                done = _call(prepared)
                 over = runs[done - 1].code
                 if over > LAST_END:
                     runs[done - 1].code = over = _serve(prepared, done - 1)
@@ -221,25 +259,26 @@ def _run(prepared: _Prepared, chunk: list[_T]) -> Iterator[Outcome[_T]]:
                 lib.kvmpy_pause(native.loop)
             if over < 0:
                 raise machine.cpus[0].run_error(-over)
-        except BaseException:
+        except BaseException as raised:
             lib.kvmpy_unread(native.loop)
-            raise
+            if done - first < 2 or isinstance(raised, KeyboardInterrupt):
+                raise
+            error, done = raised, done - 1  # the runs before were over
         # All of them before the first is given: the machine is still as the last run left it.
         yield from [_outcome(prepared, chunk[at], at) for at in range(first, done)]
-    del kept
+        if error is not None:
+            raise error
 
 
-def _call(prepared: _Prepared, chunk: list[_T]) -> int:
+def _call(prepared: _Prepared) -> int:
     native = prepared.native
     if prepared.write is None:
         done: int = lib.kvmpy_run_batch(native)
         if done < 0:
             raise prepared.resetter.error(-done)
         return done
-    prepared.resetter.reset()
-    prepared.write(prepared.machine, chunk[0])
     loop = native.loop
-    loop.exits_left = native.max_exits
+    loop.raw, loop.exits_left = False, native.max_exits
     code = lib.kvmpy_resume(loop, native.timeout_ns) or lib.kvmpy_run(loop)
     prepared.runs[0].code = code
     if 0 <= code <= LAST_END:
