@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from kvmpy.kvm import KVM
     from kvmpy.machine import Machine
     from kvmpy.memory import Memory
-    from kvmpy.result import Result
     from kvmpy.repeat import Outcome, runs
+    from kvmpy.result import Result
     from kvmpy.snapshot import Snapshot
     from kvmpy.spares import Spares
     from kvmpy.vcpu import VCPU

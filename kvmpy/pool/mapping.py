@@ -1,0 +1,80 @@
+"""`kvmpy.map`: what `kvmpy.runs` does, by many workers."""
+
+from collections.abc import Callable, Generator, Iterable
+from typing import Any, Protocol, TypeVar
+
+from kvmpy.errors import ConfigError
+from kvmpy.machine import Machine
+from kvmpy.repeat import Outcome, WriteTo
+from kvmpy.snapshot import Snapshot
+from kvmpy.vcpu import NO_LIMIT, nanoseconds
+
+__all__ = ["Submits", "map"]
+
+_T = TypeVar("_T")
+
+
+class Submits(Protocol):
+    """What `map` needs of an executor: `submit`, which gives a future."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any) -> Any:
+        """A future of `function(*args)`, with `result`, `cancel` and `add_done_callback`."""
+
+
+def map(
+    snapshot: Snapshot,
+    inputs: Iterable[_T],
+    executor: Submits | None = None,
+    *,
+    write_to: WriteTo = None,
+    timeout: float | None = None,
+    max_exits: int | None = None,
+    collect: tuple[int, int] | None = None,
+    attach: Callable[[Machine], object] | None = None,
+    scope: str = "all",
+    batch: int = 16,
+    chunk_size: int | None = None,
+    ordered: bool = True,
+    workers: int | None = None,
+    progress: bool = False,
+) -> Generator[Outcome[_T], None, None]:
+    """Run the guest once from `snapshot` for each input, on many workers; their outcomes.
+
+    `executor` is anything with a `submit` that returns futures; by default it is a pool of new
+    processes, `workers` of them or as many as there are CPUs for this process, which ends with
+    the iterator, also by its `close()`. For another executor `workers` is how many it has, where
+    it does not tell.
+    `write_to`, `timeout` (seconds, for each run), `max_exits`, `collect`, `attach`, `scope` and
+    `batch` are those of `kvmpy.runs`; each worker has one machine, made with `attach`. Where
+    workers are processes, the two functions must be importable from a module, a snapshot that is
+    in no file is saved to a temporary one, and a script needs `if __name__ == "__main__":`.
+
+    `inputs` may be endless. They go out in chunks of `chunk_size`, by default so many as take a
+    twentieth of a second, and are taken only as far as is needed to keep the workers busy.
+    Outcomes come in the order of the inputs, or as they are completed if not `ordered`. With
+    `progress`, and where standard error is a terminal, a bar shows how far it is.
+
+    Nothing that happens to one input costs another: an exception of a device or of `write_to` is
+    the outcome "error". Inputs of a worker process that has died are run again by the default
+    pool, and one that has ended three of them is the outcome "worker-died". Raises ConfigError
+    for settings that cannot be used, and HostError where workers cannot start; what `attach`
+    raises, and a given executor that breaks, comes out of the iterator.
+    """
+    if max_exits is not None and not 0 < max_exits <= NO_LIMIT:
+        raise ConfigError(f"max_exits={max_exits}: give 1 or more, or None for no limit")
+    for name, number in (("batch", batch), ("chunk_size", chunk_size), ("workers", workers)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name}={number}: give 1 or more")
+    nanoseconds(timeout)  # refuse a bad one
+    from kvmpy.pool.giving import outcomes  # multiprocessing is slow to load
+    from kvmpy.pool.work import Options, Work
+
+    return outcomes(
+        Work(snapshot, attach, Options(write_to, timeout, max_exits, scope, batch, collect)),
+        inputs,
+        executor,
+        chunk_size=chunk_size,
+        ordered=ordered,
+        workers=workers,
+        progress=progress,
+    )
