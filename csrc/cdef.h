@@ -190,6 +190,7 @@ struct kvmpy_reset {
 };
 
 int kvmpy_reset(struct kvmpy_reset *reset);
+int kvmpy_touched(const struct kvmpy_reset *reset, uint64_t *bitmap);
 struct kvmpy_run {
     int32_t code;
     uint32_t reason;
@@ -213,6 +214,8 @@ struct kvmpy_batch {
     const uint8_t *collect;
     uint64_t collect_size;
     uint8_t *collected;
+    uint64_t *touched;
+    uint64_t touched_words;
 };
 
 int kvmpy_run_batch(struct kvmpy_batch *batch);

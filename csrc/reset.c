@@ -182,6 +182,26 @@ int kvmpy_reset(struct kvmpy_reset *reset)
     return result;
 }
 
+int kvmpy_touched(const struct kvmpy_reset *reset, uint64_t *bitmap)
+{
+    for (uint32_t at = 0; at < reset->regions; at++) {
+        struct kvmpy_reset_region *region = reset->region + at;
+        int result = read_log(reset->vm, region);
+        if (result < 0)
+            return result;
+        for (uint64_t word = 0; word < (region->pages + 63) / 64; word++) {
+            uint64_t left = region->dirty[word] | region->more[word], found = 0;
+            for (; left; left &= left - 1) {
+                uint64_t start = (64 * word + (uint64_t)__builtin_ctzll(left)) * KVMPY_PAGE;
+                if (memcmp(region->ram + start, region->saved + start, KVMPY_PAGE))
+                    found |= left & -left;
+            }
+            *bitmap++ = found;
+        }
+    }
+    return 0;
+}
+
 /* Write an input, and remember where: the host's writes are not in KVM's log. */
 static void write_input(struct kvmpy_reset_region *region, uint64_t offset, const uint8_t *data,
                         uint64_t size)
@@ -231,6 +251,10 @@ int kvmpy_run_batch(struct kvmpy_batch *batch)
         if (batch->collect_size)
             memcpy(batch->collected + at * batch->collect_size, batch->collect,
                    batch->collect_size);
+        if (batch->touched)
+            result = kvmpy_touched(batch->reset, batch->touched + at * batch->touched_words);
+        if (result < 0)
+            return result;
         if (record->code == KVMPY_EXIT && record->reason != KVM_EXIT_HLT)
             return (int)at + 1;
     }

@@ -45,6 +45,10 @@ struct kvmpy_reset {
 /* Bring RAM and vCPUs back. 0, or -errno. */
 int kvmpy_reset(struct kvmpy_reset *reset);
 
+/* Mark the pages that differ from the snapshot: a bit a page, whole words for each region, one
+ * region after the other. 0, or -errno. */
+int kvmpy_touched(const struct kvmpy_reset *reset, uint64_t *bitmap);
+
 struct kvmpy_run {
     int32_t code;     /* what kvmpy_run() returned */
     uint32_t reason;  /* of the exit, where there was one */
@@ -55,7 +59,8 @@ struct kvmpy_run {
 
 /* Run a prepared guest for each input from number `first` on: reset it, write the input, run it.
  * `region` and `offset` say where inputs go; `ends` are the offsets in `data` of their ends. Of
- * the region's RAM, `collect_size` bytes at `collect` are kept after each run. */
+ * the region's RAM, `collect_size` bytes at `collect` are kept after each run, and a bitmap of
+ * the pages that it changed if there is room for those: `touched_words` for each run. */
 struct kvmpy_batch {
     struct kvmpy_reset *reset;
     struct kvmpy_loop *loop;
@@ -71,6 +76,8 @@ struct kvmpy_batch {
     const uint8_t *collect;
     uint64_t collect_size;
     uint8_t *collected;
+    uint64_t *touched; /* or NULL */
+    uint64_t touched_words;
 };
 
 /* How many inputs have been run, or -errno of a reset. It ends early after a run that is not over:

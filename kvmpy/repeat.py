@@ -14,6 +14,7 @@ from kvmpy.result import CRASHES
 from kvmpy.running import LAST_END
 from kvmpy.serve import serve
 from kvmpy.snapshot import Snapshot
+from kvmpy.snapshot.touched import Touched
 from kvmpy.vcpu import NO_LIMIT, nanoseconds
 from kvmpy.x86.exceptions import GuestException
 from kvmpy.x86.registers import Registers
@@ -37,7 +38,7 @@ class Outcome(NamedTuple, Generic[_T]):
     `outcome`, `detail` and `value` are as in `Result`; `exception` is what ring-3 code raised.
     `packed` are the general registers at the end. `machine` is the machine as the run has left it:
     good for a look until the next outcome is asked for. `collected` are the bytes that were asked
-    for.
+    for, and `touched` the addresses of the pages that differed from the snapshot at the end.
 
     From `kvmpy.map`, and after pickling, `machine` is None: it lives in another process, or is at
     another input by now. Two more outcomes come from there only: "error", where Python code raised
@@ -53,6 +54,7 @@ class Outcome(NamedTuple, Generic[_T]):
     packed: bytes
     collected: bytes
     machine: Machine | Any  # Any, not None: who calls `runs` need not ask each time
+    touched: frozenset[int] = frozenset()
     error: BaseException | None = None
 
     @property
@@ -66,7 +68,7 @@ class Outcome(NamedTuple, Generic[_T]):
         return self.outcome in CRASHES
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Outcome, (*self[:_MACHINE], None, self.error)
+        return Outcome, (*self[:_MACHINE], None, self.touched, self.error)
 
 
 _MACHINE: Final = Outcome._fields.index("machine")
@@ -82,6 +84,7 @@ def runs(
     scope: str = "all",
     batch: int = 1,
     collect: tuple[int, int] | None = None,
+    touched: bool = False,
     attach: Callable[[Machine], object] | None = None,
     machine: Machine | None = None,
 ) -> Iterator[Outcome[_T]]:
@@ -90,7 +93,8 @@ def runs(
     Each input is written to `write_to` after the machine was reset: at an address (the input is
     bytes then), or by a function `f(machine, input)`. `timeout` is in seconds, for each run.
     `scope` is that of `Machine.reset_to`. With `collect`, an address and a size, so many bytes
-    of RAM at the end of each run are the outcome's `collected`.
+    of RAM at the end of each run are the outcome's `collected`. With `touched`, so are the
+    guest-physical addresses of the pages of RAM that the input and the run have changed.
 
     With `batch` above 1, so many inputs are run before the first of their outcomes is given, which
     halves the time of a short run; `outcome.machine` is then no more as that run has left it.
@@ -113,9 +117,10 @@ def runs(
         machine.reset_to(snapshot, scope)
         if time >= 0:  # a deadline is seen at a heartbeat
             loop.heartbeat_ns = min(before, max(_FASTEST_BEAT_NS, time // 4))
-        if machine.has_native_state or callable(write_to):
+        by_tables = machine.resetter.method != "dirty-log"
+        if machine.has_native_state or callable(write_to) or by_tables:
             batch = 1  # between two runs there is something to do in Python
-        prepared = _Prepared(machine, write_to, collect, batch)
+        prepared = _Prepared(machine, write_to, collect, batch, touched)
         prepared.native.timeout_ns, prepared.native.max_exits = time, limit
         for chunk in _chunks(inputs, batch):
             if machine.resetter is not prepared.resetter:  # gone to another snapshot meanwhile
@@ -149,11 +154,13 @@ class _Prepared:
         write_to: WriteTo,
         collect: tuple[int, int] | None,
         batch: int,
+        touched: bool,
     ) -> None:
         self.machine = machine
         self.write = write_to if callable(write_to) else None
         self.native = made = ffi.new("struct kvmpy_batch *")
         made.loop = machine.cpus[0].loop
+        self.touched = Touched(machine.memory, batch) if touched else None
         self.use(machine.resetter)
         self.room, self.address = 0, write_to
         if isinstance(write_to, int):
@@ -161,6 +168,8 @@ class _Prepared:
             logged = [one for one in machine.memory if not one.readonly]
             made.region, made.offset = logged.index(region), write_to - region.address
             self.room = region.end - write_to
+            if machine.resetter.method != "dirty-log":  # C has no place to note what it writes
+                self.write = lambda machine, data: machine.memory.write(write_to, data)
         elif self.write is None and write_to is not None:
             raise ConfigError(f"write_to={write_to!r}: give an address, or a function")
         self.collected = bytearray(batch * collect[1] if collect else 0)
@@ -179,6 +188,8 @@ class _Prepared:
         """Go back with that."""
         self.resetter = resetter
         self.native.reset = resetter.native
+        if self.touched is not None:
+            self.touched.use(resetter, self.native)
 
     def _region(self, address: int, size: int) -> Memory:
         for region in self.machine.memory:
@@ -224,6 +235,8 @@ class _Prepared:
         vcpu = self.machine.cpus[0]
         self.runs[at].reason = vcpu.run_page[OFFSET_REASON]
         self.runs[at].value = vcpu.loop.value
+        if self.touched is not None:
+            self.touched.find(at)
         start = at * _RUN_SIZE + _RUN_REGS
         self.registers[start : start + Registers.SIZE] = vcpu.get_packed_regs()
         if self.size:
@@ -278,7 +291,7 @@ def _call(prepared: _Prepared) -> int:
             raise prepared.resetter.error(-done)
         return done
     loop = native.loop
-    loop.raw, loop.exits_left = False, native.max_exits
+    loop.raw, loop.exits_left = False, native.max_exits  # finishing an exit has left it raw
     code = lib.kvmpy_resume(loop, native.timeout_ns) or lib.kvmpy_run(loop)
     prepared.runs[0].code = code
     if 0 <= code <= LAST_END:
@@ -303,13 +316,16 @@ def _outcome(prepared: _Prepared, given: _T, at: int) -> Outcome[_T]:
     size = prepared.size
     collected = bytes(prepared.collected[at * size : (at + 1) * size]) if size else b""
     packed = prepared.packed(at)
+    touched = prepared.touched.pages(at) if prepared.touched else frozenset()
+    exception = None
+    value: int | GuestException | None
     if code == _EXIT and prepared.runs[at].reason == _HALT:
-        return Outcome(given, "halt", "", None, None, packed, collected, machine)
-    if code == lib.KVMPY_ENDED:
+        outcome, detail, value = "halt", "", None
+    elif code == lib.KVMPY_ENDED:
         value = prepared.runs[at].value
-        return Outcome(given, "ended", f"value {value}", value, None, packed, collected, machine)
-    outcome, detail, value = machine._came_to(code, machine.cpus[0])
+        outcome, detail = "ended", f"value {value}"
+    else:
+        outcome, detail, value = machine._came_to(code, machine.cpus[0])
     if isinstance(value, GuestException):
-        packed = machine.cpus[0].get_packed_regs()
-        return Outcome(given, outcome, detail, None, value, packed, collected, machine)
-    return Outcome(given, outcome, detail, value, None, packed, collected, machine)
+        packed, exception, value = machine.cpus[0].get_packed_regs(), value, None
+    return Outcome(given, outcome, detail, value, exception, packed, collected, machine, touched)

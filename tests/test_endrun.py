@@ -6,6 +6,7 @@ from time import sleep
 import pytest
 
 from kvmpy import Halt, Machine, assemble
+from kvmpy.abi import lib
 from kvmpy.devices import EndRun
 
 pytestmark = pytest.mark.usefixtures("kvm_host")
@@ -70,3 +71,32 @@ def test_the_end_of_one_vcpus_run_ends_the_others() -> None:
         assert machine.run(timeout=10).outcome == "ended"
         thread.join()
         assert [one.outcome for one in results] == ["ended"]
+
+
+def test_an_end_that_python_did_not_see_comes_again() -> None:
+    """As when a signal's handler raises between C's return and Python's first line."""
+    with Machine("1M") as machine:
+        machine.attach_port(0x30, 1, EndRun())
+        machine.load(assemble("mov al, 5\nout 0x30, al\nmov al, 6\nout 0x30, al", at=0x1000))
+        loop = machine.cpus[0].begin(10)
+        try:
+            assert lib.kvmpy_run(loop) == lib.KVMPY_ENDED
+        finally:
+            lib.kvmpy_end(loop)
+        lib.kvmpy_unread(loop)
+        assert [machine.run(timeout=10).value for _ in range(2)] == [5, 6]
+
+
+def test_an_end_in_the_midst_of_an_exit_that_is_finished_is_passed_over() -> None:
+    """A write across a page's end is split: the other half comes when the first is finished."""
+    text = "mov edi, 0xd0000ffc\nmov rax, -1\nmov [rdi], rax\nmov ebx, 3\nhlt"
+    with Machine("1M") as machine:
+        machine.attach_mmio(0xD0000FFC, 8, EndRun())
+        machine.load(assemble(text, at=0x1000))
+        first = machine.run(timeout=10)
+        assert (first.outcome, first.value) == ("ended", 0xFFFFFFFF)
+        machine.cpus[0].finish()
+        assert not machine.cpus[0].loop.incomplete
+        assert machine.cpus[0].exit_counts()["mmio-write"] == 2
+        last = machine.run(timeout=10)
+        assert (last.outcome, last.registers.rbx) == ("halt", 3)

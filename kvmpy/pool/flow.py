@@ -147,7 +147,7 @@ class Flow(Generic[_T]):
 
     def _keep(self, chunk: _Chunk[_T], answers: list[Answer]) -> None:
         for number, answer in enumerate(answers):
-            fields = (chunk.inputs[number], *answer[:-1], None, answer[-1])
+            fields = (chunk.inputs[number], *answer[:6], None, *answer[6:])
             self._ready[chunk.first + number] = Outcome._make(fields)
 
     def _measure(self, count: int, seconds: float) -> None:
@@ -175,7 +175,7 @@ class Flow(Generic[_T]):
             self._again.appendleft(chunk)
             return
         detail = f"{words}, {_STRIKES} times with this input"
-        self._keep(chunk, [("worker-died", detail, None, None, b"", b"", None)])
+        self._keep(chunk, [("worker-died", detail, None, None, b"", b"", frozenset(), None)])
 
     def _due(self) -> Generator[Outcome[_T], None, None]:
         """Outcomes whose turn it is."""

@@ -30,6 +30,7 @@ def map(
     timeout: float | None = None,
     max_exits: int | None = None,
     collect: tuple[int, int] | None = None,
+    touched: bool = False,
     attach: Callable[[Machine], object] | None = None,
     scope: str = "all",
     batch: int = 16,
@@ -44,8 +45,8 @@ def map(
     processes, `workers` of them or as many as there are CPUs for this process, which ends with
     the iterator, also by its `close()`. For another executor `workers` is how many it has, where
     it does not tell.
-    `write_to`, `timeout` (seconds, for each run), `max_exits`, `collect`, `attach`, `scope` and
-    `batch` are those of `kvmpy.runs`; each worker has one machine, made with `attach`. Where
+    `write_to`, `timeout` (seconds, for each run), `max_exits`, `collect`, `touched`, `attach`, `scope`
+    and `batch` are those of `kvmpy.runs`; each worker has one machine, made with `attach`. Where
     workers are processes, the two functions must be importable from a module, a snapshot that is
     in no file is saved to a temporary one, and a script needs `if __name__ == "__main__":`.
 
@@ -69,8 +70,9 @@ def map(
     from kvmpy.pool.giving import outcomes  # multiprocessing is slow to load
     from kvmpy.pool.work import Options, Work
 
+    options = Options(write_to, timeout, max_exits, scope, batch, collect, touched)
     return outcomes(
-        Work(snapshot, attach, Options(write_to, timeout, max_exits, scope, batch, collect)),
+        Work(snapshot, attach, options),
         inputs,
         executor,
         chunk_size=chunk_size,

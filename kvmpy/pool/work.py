@@ -34,6 +34,7 @@ class Options:
     scope: str = "all"
     batch: int = 1
     collect: tuple[int, int] | None = None
+    touched: bool = False
 
 
 class Work:
@@ -159,7 +160,7 @@ class _Feed:
 
 
 def _answer(one: Outcome[Any]) -> Answer:
-    return (*one[1:7], None)
+    return (*one[1:7], one.touched, None)
 
 
 def _failed(error: BaseException) -> Answer:
@@ -168,7 +169,7 @@ def _failed(error: BaseException) -> Answer:
     detail = f"{type(error).__name__}: {error}".splitlines()[0]
     carried = _portable(error).with_traceback(None)
     carried.add_note(f"in the worker:\n{text}")
-    return "error", detail, None, None, b"", b"", carried
+    return "error", detail, None, None, b"", b"", frozenset(), carried
 
 
 def _portable(error: BaseException) -> BaseException:

@@ -18,6 +18,7 @@ __all__ = [
     "Image",
     "bits",
     "capture",
+    "changed_pages",
     "mark",
     "memory_file",
     "put_back",
@@ -263,24 +264,34 @@ def _derive(region: Memory, image: Image) -> None:
     image.add_increments(start)
 
 
+def changed_pages(region: Memory, image: Image) -> Bitmap:
+    """The pages of a region that differ from what an image holds."""
+    pages, start = region.size // PAGE_SIZE, _pointer(region.host_address)
+    marked = own_pages(region) if _near(region, image) else _full(pages)
+    if _near(region, image):
+        for step in _increments(image):  # pages of its own that the region may not have
+            marked = bytearray(a | b for a, b in zip(marked, step, strict=True))
+    lib.kvmpy_differing(start, _pointer(address_of(image.view())), pages, words(marked))
+    return marked
+
+
 def put_back(region: Memory, image: Image) -> list[int]:
     """Bring a region to what an image holds; the numbers of the pages that differed."""
     pages, start = region.size // PAGE_SIZE, _pointer(region.host_address)
-    origin = region.origin
-    near = isinstance(origin, Image) and origin.base is image.base
-    marked = own_pages(region) if near else _full(pages)
-    if near:
-        for step in _increments(image):  # pages of its own that the region may not have
-            marked = bytearray(a | b for a, b in zip(marked, step, strict=True))
     there = _pointer(address_of(image.view()))
-    count = lib.kvmpy_differing(start, there, pages, words(marked))
+    marked, near = changed_pages(region, image), _near(region, image)
     if near or region.backing == "shared":
         lib.kvmpy_copy_pages(start, there, pages, words(marked))
         if near:
             region.origin = image
     else:
         _derive(region, image)
-    return bits(marked) if count else []
+    return bits(marked)
+
+
+def _near(region: Memory, image: Image) -> bool:
+    """Whether a region maps the base of an image."""
+    return isinstance(region.origin, Image) and region.origin.base is image.base
 
 
 def _increments(image: Image) -> list[Bitmap]:
