@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kvmpy.asm import Program, assemble
     from kvmpy.boot import Image, load_image
+    from kvmpy.coverage import Coverage
+    from kvmpy.devices import Entropy, Harness
     from kvmpy.errors import (
         AddressError,
         AssemblyError,
@@ -66,11 +68,14 @@ __all__ = [
     "AssemblyError",
     "ClosedError",
     "ConfigError",
+    "Coverage",
     "Debug",
     "DeviceError",
+    "Entropy",
     "Exit",
     "FailEntry",
     "Halt",
+    "Harness",
     "HostError",
     "Image",
     "ImageError",
@@ -109,6 +114,8 @@ __all__ = [
 _HOMES = {
     "kvmpy.asm": ("Program", "assemble"),
     "kvmpy.boot": ("Image", "load_image"),
+    "kvmpy.coverage": ("Coverage",),
+    "kvmpy.devices": ("Entropy", "Harness"),
     "kvmpy.errors": (
         "AddressError",
         "AssemblyError",
@@ -160,9 +167,10 @@ def __getattr__(name: str) -> object:
     """Import a name of the face when it is first used (PEP 562)."""
     if name not in _HOME:
         raise AttributeError(f"module 'kvmpy' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
+    home = import_module(_HOME[name])
+    # All at once: importing kvmpy.runs for `Outcome` has made `runs` the module.
+    globals().update({each: getattr(home, each) for each in _HOMES[_HOME[name]]})
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -23,11 +23,13 @@ OUTCOMES = {
     "timeout": "the time given to the run was over",
     "max-exits": "the number of exits given to the run was reached",
     "stopped": "stop() was called",
+    "ready": "the guest told its harness that it is ready for inputs",
+    "crash": "the guest told its harness of a crash",
 }
 """The outcomes of a run and what each means. A run can also end by an exit that belongs to
 nothing in the machine, such as a breakpoint; its outcome is then that exit's kind."""
 
-CRASHES = ("shutdown", "internal-error", "fail-entry", "unclaimed", "exception")
+CRASHES = ("shutdown", "internal-error", "fail-entry", "unclaimed", "exception", "crash")
 """The outcomes of guests that died of their own fault."""
 
 

@@ -168,6 +168,10 @@ class Running:
             if running:
                 cpu.kick()
 
+    def end_run(self, outcome: str, detail: str = "", value: int | None = None) -> None:
+        """End the runs under way with an outcome of your own: for devices to call."""
+        self._finish_run(outcome, detail, value)
+
     def _on_unclaimed(self, what: str) -> None:
         if self._strict:
             self._finish_run("unclaimed", what)

@@ -29,7 +29,7 @@ ROOMS = (
     {"devices", "asm"},
     {"boot", "snapshot"},
     {"console", "dispatch", "serve", "result", "running", "attaching", "copying", "machine"},
-    {"probe", "probeguests", "repeat", "spares"},
+    {"probe", "probeguests", "repeat", "spares", "coverage"},
     {"bench"},
     {"cli"},
     {"__main__", "__init__"},

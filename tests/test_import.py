@@ -43,3 +43,8 @@ def test_the_face_is_whole() -> None:
     assert sorted(kvmpy._HOME) == sorted(kvmpy.__all__)
     with pytest.raises(AttributeError, match="nosuch"):
         kvmpy.nosuch  # noqa: B018
+
+
+def test_a_name_that_a_module_has_as_well() -> None:
+    script = "from kvmpy import Outcome, runs; assert callable(runs)"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=30)

@@ -93,8 +93,8 @@ def test_every_outcome_has_a_guest(kvm_host: None, outcome: str) -> None:
 
 
 def test_all_outcomes_are_provoked_but_one(kvm_host: None) -> None:
-    """A processor's refusal to enter, and the end by a device, have tests of their own."""
-    assert set(OUTCOMES) == {*LONG_GUESTS, "fail-entry", "ended"}
+    """A processor's refusal to enter, and the ends by a device, have tests of their own."""
+    assert set(OUTCOMES) == {*LONG_GUESTS, "fail-entry", "ended", "ready", "crash"}
 
 
 def test_a_state_that_the_processor_refuses(kvm_host: None) -> None:

@@ -10,10 +10,12 @@
 | `PowerOff` | ports 0x604-0x605 | ends the run |
 | `Sink`, `Constant`, `Capture`, `Counter` | anywhere | answered by the C loop, without Python |
 | `EndRun` | anywhere | ends the run with a value, without Python |
+| `Harness` | where it is attached | inputs, coverage and entropy for fuzzers |
 """
 
 from .console import DebugConsole
 from .debugexit import DebugExit, exit_status
+from .harness import Entropy, Harness
 from .native import Backing, Capture, Constant, Counter, EndRun, NativeDevice, Sink
 from .post import PostCode
 from .power import PowerOff
@@ -28,6 +30,8 @@ __all__ = [
     "DebugConsole",
     "DebugExit",
     "EndRun",
+    "Entropy",
+    "Harness",
     "KeyboardReset",
     "NativeDevice",
     "PostCode",

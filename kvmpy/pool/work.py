@@ -123,6 +123,7 @@ def _do(work: Work, inputs: list[Any], seconds: float | None) -> tuple[list[Answ
                     scope=how.scope,
                     batch=how.batch,
                     collect=how.collect,
+                    touched=how.touched,
                     machine=machine,
                 ):
                     answers.append(_answer(one))
