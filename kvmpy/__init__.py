@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from kvmpy.kvm import KVM
     from kvmpy.machine import Machine
     from kvmpy.memory import Memory
+    from kvmpy.pool import map
     from kvmpy.repeat import Outcome, runs
     from kvmpy.result import Result
     from kvmpy.snapshot import Snapshot
@@ -107,6 +108,7 @@ __all__ = [
     "UnsupportedError",
     "assemble",
     "load_image",
+    "map",
     "runs",
 ]
 
@@ -154,6 +156,7 @@ _HOMES = {
     "kvmpy.machine": ("Machine",),
     "kvmpy.memory": ("Memory",),
     "kvmpy.result": ("Result",),
+    "kvmpy.pool": ("map",),
     "kvmpy.repeat": ("Outcome", "runs"),
     "kvmpy.snapshot": ("Snapshot",),
     "kvmpy.spares": ("Spares",),
@@ -168,7 +171,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'kvmpy' has no attribute {name!r}")
     home = import_module(_HOME[name])
-    # All at once: importing kvmpy.runs for `Outcome` has made `runs` the module.
+    # All at once, so that a module never takes the place of a name of its own.
     globals().update({each: getattr(home, each) for each in _HOMES[_HOME[name]]})
     return globals()[name]
 

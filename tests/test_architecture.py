@@ -30,7 +30,7 @@ ROOMS = (
     {"boot", "snapshot"},
     {"console", "dispatch", "serve", "result", "running", "attaching", "copying", "machine"},
     {"probe", "probeguests", "repeat", "spares", "coverage"},
-    {"bench"},
+    {"bench", "pool"},
     {"cli"},
     {"__main__", "__init__"},
 )

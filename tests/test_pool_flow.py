@@ -18,7 +18,7 @@ from kvmpy.pool.processes import WorkerDied
 
 
 def answers(inputs: list[Any]) -> list[tuple[Any, ...]]:
-    return [("halt", "", one, None, b"", b"", None) for one in inputs]
+    return [("halt", "", one, None, b"", b"", frozenset(), None) for one in inputs]
 
 
 class Later:

@@ -45,10 +45,10 @@ def map(
     processes, `workers` of them or as many as there are CPUs for this process, which ends with
     the iterator, also by its `close()`. For another executor `workers` is how many it has, where
     it does not tell.
-    `write_to`, `timeout` (seconds, for each run), `max_exits`, `collect`, `touched`, `attach`, `scope`
-    and `batch` are those of `kvmpy.runs`; each worker has one machine, made with `attach`. Where
-    workers are processes, the two functions must be importable from a module, a snapshot that is
-    in no file is saved to a temporary one, and a script needs `if __name__ == "__main__":`.
+    `write_to`, `timeout` (seconds, for each run), `max_exits`, `collect`, `touched`, `attach`,
+    `scope` and `batch` are those of `kvmpy.runs`; each worker has one machine, made with `attach`.
+    Where workers are processes, the two functions must be importable from a module, a snapshot that
+    is in no file is saved to a temporary one, and a script needs `if __name__ == "__main__":`.
 
     `inputs` may be endless. They go out in chunks of `chunk_size`, by default so many as take a
     twentieth of a second, and are taken only as far as is needed to keep the workers busy.
