@@ -5,7 +5,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
-from kvmpy import KVM, KVMUnavailableError
+from kvmpy.pytest import require_kvm
 
 settings.register_profile(
     "kvmpy",
@@ -20,9 +20,4 @@ settings.load_profile("kvmpy")
 @pytest.fixture(scope="session")
 def kvm_host() -> None:
     """Skip where /dev/kvm cannot be used; under KVMPY_REQUIRE_KVM=1, fail."""
-    try:
-        KVM().close()
-    except KVMUnavailableError as error:
-        if os.environ.get("KVMPY_REQUIRE_KVM") == "1":
-            pytest.fail(f"KVMPY_REQUIRE_KVM is set, but {error}")
-        pytest.skip(str(error))
+    require_kvm()

@@ -29,7 +29,7 @@ ROOMS = (
     {"devices", "asm"},
     {"boot", "snapshot"},
     {"console", "dispatch", "serve", "result", "running", "attaching", "copying", "machine"},
-    {"probe", "probeguests", "repeat", "spares", "coverage"},
+    {"probe", "probeguests", "pytest", "repeat", "spares", "coverage"},
     {"bench", "pool"},
     {"cli"},
     {"__main__", "__init__"},
