@@ -4,7 +4,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from threading import RLock
 from time import perf_counter_ns
-from typing import Any, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 from kvmpy.abi import lib
 from kvmpy.bus import Stateful, has_state
@@ -26,9 +26,12 @@ from kvmpy.snapshot import (
     save_vm,
 )
 from kvmpy.snapshot.reset import Resetter
+from kvmpy.snapshot.snapshot import depth, parent_of
 from kvmpy.vcpu import VCPU
 
 __all__ = ["Copying", "Restored"]
+
+_LONGEST_CHAIN: Final = 64  # snapshots
 
 
 class Restored(NamedTuple):
@@ -66,15 +69,18 @@ class Copying(Running):
             cpu.finish()
         msrs = tuple(self.kvm.get_msr_index_list())
         cpus = tuple(save_cpu(cpu, msrs, apic=bool(self.vm.irqchip)) for cpu in self.cpus)
+        # Each holds a descriptor, and all of a chain are read for the last: it has an end.
+        far = depth(self._at) >= _LONGEST_CHAIN
+        images = tuple(capture(region, from_base=far) for region in self.vm.memory)
         made = Snapshot(
             config=self.config,
-            images=tuple(capture(region) for region in self.vm.memory),
+            images=images,
             cpus=cpus,
             vm=save_vm(self.vm),
             devices=dict(self._device_states()),
             console=self._console.data(),
             entry=self.entry,
-            parent=self._at,
+            parent=parent_of(images, self._at),
         )
         self._at = made
         return made

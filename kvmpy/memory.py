@@ -14,9 +14,9 @@ from kvmpy.abi import address_of
 from kvmpy.access import PAGE_SIZE, Bytes, GuestAccess
 from kvmpy.errors import AddressError, ClosedError, ConfigError, HostError
 
-__all__ = ["PAGE_SIZE", "AddressSpace", "Memory"]
+__all__ = ["MAP_NORESERVE", "PAGE_SIZE", "AddressSpace", "Memory"]
 
-_MAP_NORESERVE: Final = 0x4000  # asm-generic/mman.h; in Python's mmap only from 3.13 on
+MAP_NORESERVE: Final = 0x4000  # asm-generic/mman.h; in Python's mmap only from 3.13 on
 _LARGEST: Final = 1 << 43  # KVM's bound on one slot: 2**31 pages
 
 
@@ -83,7 +83,7 @@ class Memory(GuestAccess):
                     os.truncate(self.fd, self.size)
             file = self.fd if backing == "shared" else fd
             return mmap.mmap(
-                -1 if file is None else file, self.size, flags=flags | _MAP_NORESERVE, offset=offset
+                -1 if file is None else file, self.size, flags=flags | MAP_NORESERVE, offset=offset
             )
         except (OSError, ValueError, OverflowError) as error:
             self._close_fd()

@@ -2,23 +2,27 @@
 
 import mmap
 import struct
+from contextlib import suppress
 from types import TracebackType
 from typing import Final, NamedTuple
 
 from kvmpy.abi import address_of, pack
-from kvmpy.errors import ConfigError, OverlapError, UnsupportedError
+from kvmpy.errors import ConfigError, HostError, OverlapError, UnsupportedError
 from kvmpy.interrupts import InterruptController
 from kvmpy.memory import PAGE_SIZE, AddressSpace, Memory
 from kvmpy.stats import Stats
 from kvmpy.vcpu import VCPU
 from kvmpy.x86.state import ClockData
 
-__all__ = ["IDENTITY_MAP_ADDRESS", "TSS_ADDRESS", "VM", "Facts"]
+__all__ = ["IDENTITY_MAP_ADDRESS", "SPARE_PAGE", "TSS_ADDRESS", "VM", "Facts"]
 
 # Intel's VMX without "unrestricted guest" keeps four pages of its own in guest-physical
 # memory: out of the way of RAM, below the firmware's place (KVM API, 4.36 and 4.40).
 IDENTITY_MAP_ADDRESS: Final = 0xFFFBC000
 TSS_ADDRESS: Final = 0xFFFBD000
+
+# RAM of a memory slot that comes and goes without a guest's running: one page for all.
+SPARE_PAGE: Final = mmap.mmap(-1, PAGE_SIZE)
 
 _LOG_DIRTY, _READONLY = 1, 2  # KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
 
@@ -190,11 +194,18 @@ class VM(InterruptController):
         With shadow paging, and in a processor's TLB, that stays when the host writes page tables
         without the guest: deleting any memory slot ends it (KVM API, 4.35).
         """
-        (slot, address), page = self.spare_slot(), mmap.mmap(-1, PAGE_SIZE)
-        for size in (PAGE_SIZE, 0):
-            packed = struct.pack("<IIQQQ", slot, 0, address, size, address_of(page))
-            self.ioctl("SET_USER_MEMORY_REGION", bytearray(packed))
-        page.close()
+        slot, address = self.spare_slot()
+        add, delete = (
+            struct.pack("<IIQQQ", slot, 0, address, size, address_of(SPARE_PAGE))
+            for size in (PAGE_SIZE, 0)
+        )
+        try:
+            self.ioctl("SET_USER_MEMORY_REGION", bytearray(add))
+        except BaseException:  # a signal handler's may come after the call
+            with suppress(HostError):
+                self.ioctl("SET_USER_MEMORY_REGION", bytearray(delete))
+            raise
+        self.ioctl("SET_USER_MEMORY_REGION", bytearray(delete))
 
     # vCPUs, clock, statistics -------------------------------------------------------------
 

@@ -5,7 +5,8 @@ It works on a machine's parts (memory regions, vCPUs, the VM) and never on `Mach
 
 from kvmpy.snapshot.cpu import CpuState, VmState, load_cpu, load_vm, save_cpu, save_vm
 from kvmpy.snapshot.diff import Difference
-from kvmpy.snapshot.pages import Image, capture, put_back
+from kvmpy.snapshot.image import Image
+from kvmpy.snapshot.pages import capture, put_back
 from kvmpy.snapshot.snapshot import Config, Snapshot, same_shape
 from kvmpy.snapshot.spawn import Plan
 

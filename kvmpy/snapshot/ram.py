@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from kvmpy.abi import address_of, ffi, host_error, lib
 from kvmpy.memory import PAGE_SIZE
+from kvmpy.snapshot.image import Image, words
 from kvmpy.snapshot.layout import digest
-from kvmpy.snapshot.pages import Image, memory_file, words
+from kvmpy.snapshot.pages import memory_file
 from kvmpy.snapshot.regions import RegionTable, block_runs
 from kvmpy.snapshot.zstd import decompressor
 

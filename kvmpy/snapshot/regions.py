@@ -7,8 +7,8 @@ from typing import Final
 
 from kvmpy.errors import SnapshotError
 from kvmpy.memory import PAGE_SIZE
+from kvmpy.snapshot.image import Bitmap
 from kvmpy.snapshot.layout import Bytes, Header
-from kvmpy.snapshot.pages import Bitmap
 
 __all__ = ["BLOCK_PAGES", "Block", "RegionTable", "block_runs", "pack_tables", "unpack_tables"]
 

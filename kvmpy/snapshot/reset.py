@@ -5,7 +5,6 @@ else has touched RAM (a view, a buffer that was given away) nobody logs: then th
 tables tell, and so they do where KVM has no manual protection, or the log is somebody else's.
 """
 
-import mmap
 import struct
 from collections.abc import Iterator
 from typing import Any, Final
@@ -16,12 +15,13 @@ from kvmpy.errors import ConfigError
 from kvmpy.exits import OFFSET_CR8, OFFSET_DIRTY_REGS
 from kvmpy.memory import PAGE_SIZE, Memory
 from kvmpy.snapshot.cpu import ORDER, CpuState
-from kvmpy.snapshot.pages import put_back, set_bits
+from kvmpy.snapshot.image import set_bits
+from kvmpy.snapshot.pages import put_back
 from kvmpy.snapshot.snapshot import Snapshot
 from kvmpy.snapshot.tables import table_pages
 from kvmpy.vcpu import VCPU
 from kvmpy.vcpuregs import SYNC_EVENTS, SYNC_REGS, SYNC_SREGS
-from kvmpy.vm import VM
+from kvmpy.vm import SPARE_PAGE, VM
 from kvmpy.x86.state import SpecialRegisters
 
 __all__ = ["IN_PAGE", "SCOPES", "Resetter", "accepted_msrs"]
@@ -118,9 +118,8 @@ class Resetter:
     def _make(self) -> Any:
         made = ffi.new("struct kvmpy_reset *")
         made.vm = self._vm.fd
-        spare = self._keep(mmap.mmap(-1, PAGE_SIZE))
         made.spare_slot, made.spare_address = self._vm.spare_slot()
-        made.spare_page = ffi.cast("void *", address_of(spare))
+        made.spare_page = ffi.cast("void *", address_of(SPARE_PAGE))
         if self.method == "dirty-log":
             logged = [pair for pair in self._pairs if not pair[0].readonly]
             made.regions = len(logged)

@@ -10,9 +10,9 @@ from kvmpy.abi import address_of, ffi, host_error, lib
 from kvmpy.errors import ConfigError
 from kvmpy.memory import PAGE_SIZE
 from kvmpy.snapshot.config import Saved
+from kvmpy.snapshot.image import Bitmap, Image, mark, set_bits, words
 from kvmpy.snapshot.layout import COMPRESSIONS, MOST_BYTES, Header, digest, pack_values
 from kvmpy.snapshot.newfile import new_file
-from kvmpy.snapshot.pages import Bitmap, Image, mark, set_bits, words
 from kvmpy.snapshot.regions import Block, RegionTable, block_runs, pack_tables
 from kvmpy.snapshot.values import Contents, named
 from kvmpy.snapshot.zstd import compressor

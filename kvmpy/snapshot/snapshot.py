@@ -16,7 +16,7 @@ from kvmpy.snapshot.config import Config, Saved
 from kvmpy.snapshot.cpu import CpuState, VmState
 from kvmpy.snapshot.diff import Difference, difference
 from kvmpy.snapshot.host import check_host
-from kvmpy.snapshot.pages import Image
+from kvmpy.snapshot.image import Image
 
 if TYPE_CHECKING:
     from kvmpy.snapshot.load import SnapshotFile
@@ -28,8 +28,9 @@ __all__ = ["Config", "Snapshot"]
 class Snapshot:
     """All of a machine at one moment; made by `Machine.snapshot` or `load`, and never changed.
 
-    It shares pages with its `parent`, the snapshot that the machine had been at before, and with
-    the machines that are made from it; its memory is freed when none of them is left.
+    It shares pages with its `parent`, an earlier snapshot, if it is an increment, and with the
+    machines that are made from it; its memory is freed when none of them is left. In a long chain,
+    an increment has an earlier parent than the last snapshot, so that those between can go.
     `devices` are the states of the devices that have any, by bus and address.
 
     It is pickled by reference to its file, so it must have been saved or loaded.
@@ -170,9 +171,20 @@ class Snapshot:
         return f"<{kind} of a {self.config.mode} machine, {self.pages} pages, {self.size} bytes>"
 
 
-def by_address(images: Sequence[Image]) -> dict[tuple[int, int], Image]:
-    """Images by address and size of their regions."""
-    return {(image.address, image.size): image for image in images}
+def depth(snapshot: Snapshot | None) -> int:
+    """How many snapshots one keeps alive, itself among them."""
+    found = 0
+    while snapshot is not None:
+        snapshot, found = snapshot.parent, found + 1
+    return found
+
+
+def parent_of(images: Sequence[Image], before: Snapshot | None) -> Snapshot | None:
+    """Which of `before` and its parents images share pages with: the last of them, if any."""
+    parents = [image.parent for image in images if image.parent is not None]
+    while before is not None and not any(image in parents for image in before.images):
+        before = before.parent
+    return before
 
 
 def same_shape(one: Sequence[Any], other: Sequence[Any]) -> bool:

@@ -5,7 +5,8 @@ from typing import Any
 
 from kvmpy.abi import ffi, host_error, lib
 from kvmpy.memory import PAGE_SIZE, Memory
-from kvmpy.snapshot.pages import bits, changed_pages
+from kvmpy.snapshot.image import bits
+from kvmpy.snapshot.pages import changed_pages
 from kvmpy.snapshot.reset import Resetter
 
 __all__ = ["Touched"]
