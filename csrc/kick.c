@@ -103,6 +103,7 @@ void kvmpy_forget(struct kvmpy_loop *loop)
     if (loop->timer_thread && loop->timer_process == getpid())
         timer_delete(loop->timer);
     loop->timer_thread = 0;
+    loop->ticking = 0; /* its number may become another's */
 }
 
 static int make_timer(struct kvmpy_loop *loop, int number, const struct thread *thread)

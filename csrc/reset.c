@@ -79,6 +79,8 @@ static int settle(struct kvmpy_loop *loop)
 {
     int result;
 
+    if (loop->ring)
+        loop->ring[0] = loop->ring[1]; /* what was posted is undone, too */
     loop->open = loop->awaiting = loop->held = 0;
     if (!loop->incomplete || is_whole_write(loop->run))
         return 0;
@@ -152,7 +154,7 @@ int kvmpy_reset(struct kvmpy_reset *reset)
 
     reset->looked = reset->changed = 0;
     reset->paging = reset->drop;
-    reset->drop = 0;
+    reset->drop = 1; /* until it is done: the next one may not see what changed */
     for (uint32_t at = 0; at < reset->cpus && result == 0; at++) {
         struct kvmpy_reset_cpu *cpu = reset->cpu + at;
         result = settle(cpu->loop);
@@ -179,6 +181,7 @@ int kvmpy_reset(struct kvmpy_reset *reset)
         if (cpu->sync)
             set_registers(cpu, run);
     }
+    reset->drop = result != 0;
     return result;
 }
 

@@ -53,6 +53,8 @@ class Copying(Running):
     resetter: Any = None
     """What `reset_to` works with, once it was called."""
     _device_loads: Sequence[tuple[Callable[[bytes], None], bytes]] = ()
+    _loads_of = -1  # the generation of claims that these are of
+    _going_back = False  # also after that was interrupted
 
     def snapshot(self) -> Snapshot:
         """All of the machine as it is now: RAM, vCPUs, interrupt controllers, clock, devices.
@@ -67,6 +69,7 @@ class Copying(Running):
         self._check_stopped()
         for cpu in self.cpus:
             cpu.finish()
+            self._drain(cpu)()
         msrs = tuple(self.kvm.get_msr_index_list())
         cpus = tuple(save_cpu(cpu, msrs, apic=bool(self.vm.irqchip)) for cpu in self.cpus)
         # Each holds a descriptor, and all of a chain are read for the last: it has an end.
@@ -94,13 +97,15 @@ class Copying(Running):
         started = perf_counter_ns()
         self._check_fits(snapshot, across_backends)
         changed, self.resetter = 0, None
+        interrupted, self._going_back = self._going_back, True
         for cpu in self.cpus:
             _drop_exit(cpu)
         for region, image in zip(self.vm.memory, snapshot.images, strict=True):
             changed += len(put_back(region, image))
-        if changed:
+        if changed or interrupted:
             self.vm.drop_mappings()
         self._load(snapshot)
+        self._going_back = False
         return Restored(changed, changed * 4096, perf_counter_ns() - started)
 
     def reset_to(self, snapshot: Snapshot, scope: str = "all") -> Restored:
@@ -118,32 +123,52 @@ class Copying(Running):
     def go_back(self, snapshot: Snapshot, scope: str = "all") -> int:
         """What `reset_to` does; only how many pages had changed."""
         resetter = self.resetter
-        if resetter is None or resetter.snapshot is not snapshot or resetter.scope != scope:
+        if (
+            resetter is None
+            or resetter.snapshot is not snapshot
+            or resetter.scope != scope
+            or not resetter.fits()
+        ):
             changed = self.restore(snapshot).pages
             self.resetter = Resetter(self.vm, snapshot, scope)
-            found = dict(self._stateful())
-            states = snapshot.devices.items()
-            self._device_loads = [(found[name].load_state, state) for name, state in states]
+            self._loads_of = -1
             return changed
-        self._check_stopped()
-        self._reset_devices()
-        return int(resetter.go())
+        unseen = self.before_reset()
+        resetter.reset()
+        return unseen + int(resetter.native.changed)
 
     @property
     def has_native_state(self) -> bool:
         """Whether a device that C serves has a state that runs change."""
         return any(isinstance(device, NativeDevice) for _, device in self._stateful())
 
-    def before_reset(self) -> None:
-        """All that comes before C's part of a reset (see `snapshot.reset`)."""
-        self._reset_devices()
-        self.resetter.prepare()
+    def before_reset(self) -> int:
+        """All that comes before C's part of a reset (see `snapshot.reset`).
 
-    def _reset_devices(self) -> None:
-        for load_state, state in self._device_loads:
-            load_state(state)
-        self._console.replace(self.resetter.snapshot.console)
+        How many pages are known to have changed already.
+        """
+        self._check_stopped()
+        # Where a signal handler raises in the midst, the next reset is a whole one.
+        resetter, self.resetter, self._going_back = self.resetter, None, True
+        self._reset_devices(resetter.snapshot)
+        unseen: int = resetter.prepare()
+        self.resetter, self._going_back = resetter, False
+        return unseen
+
+    def _reset_devices(self, snapshot: Snapshot) -> None:
+        generation = self.dispatch.routes.generation
+        if self._loads_of != generation:
+            self._load_devices(snapshot, self.dispatch)
+            found = dict(self._stateful())
+            states = snapshot.devices.items()
+            self._device_loads = [(found[name].load_state, state) for name, state in states]
+            self._loads_of = generation
+        else:
+            for load_state, state in self._device_loads:
+                load_state(state)
+        self._console.replace(snapshot.console)
         self._forget_run()
+        self.entry = snapshot.entry
 
     def fork(self, attach: Callable[[Self], object] | None = None) -> Self:
         """A second machine like this one; see `from_snapshot`."""
@@ -269,7 +294,7 @@ class Copying(Running):
     def _check_stopped(self) -> None:
         self.vm.fd  # noqa: B018 - refuse a closed machine
         for cpu in self.cpus:
-            if cpu.loop.running:
+            if cpu.loop.running or cpu in self._watched:  # by exits(), a device is being called
                 raise ConfigError(f"{cpu.what} is running: stop it first")
 
     def _check_fits(self, snapshot: Snapshot, across_backends: bool) -> None:
@@ -305,6 +330,8 @@ def _stateful(dispatch: Dispatch) -> Iterator[tuple[str, Stateful]]:
 def _drop_exit(cpu: VCPU) -> None:
     """Finish the exit at hand without asking a device: what it does will be undone anyway."""
     loop = cpu.loop
+    if loop.ring:
+        loop.ring[0] = loop.ring[1]  # what was posted is undone, too
     loop.open = loop.awaiting = loop.held = 0
     loop.raw = True
     while (code := lib.kvmpy_finish(loop)) == lib.KVMPY_EXIT:

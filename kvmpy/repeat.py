@@ -14,6 +14,7 @@ from kvmpy.result import CRASHES
 from kvmpy.running import LAST_END
 from kvmpy.serve import serve
 from kvmpy.snapshot import Snapshot
+from kvmpy.snapshot.reset import DIRTY_LOG
 from kvmpy.snapshot.touched import Touched
 from kvmpy.vcpu import NO_LIMIT, nanoseconds
 from kvmpy.x86.exceptions import GuestException
@@ -26,6 +27,7 @@ WriteTo: TypeAlias = int | Callable[[Machine, Any], object] | None
 """Where an input goes: a guest-physical address, or a function of the machine and the input."""
 
 _EXIT: Final = lib.KVMPY_EXIT
+_STOPPED: Final = lib.KVMPY_STOPPED
 _HALT: Final = 5  # KVM_EXIT_HLT
 _RUN_SIZE: Final = ffi.sizeof("struct kvmpy_run")
 _RUN_REGS: Final = _RUN_SIZE - Registers.SIZE  # struct kvm_regs is the last of it
@@ -117,7 +119,7 @@ def runs(
         machine.reset_to(snapshot, scope)
         if time >= 0:  # a deadline is seen at a heartbeat
             loop.heartbeat_ns = min(before, max(_FASTEST_BEAT_NS, time // 4))
-        by_tables = machine.resetter.method != "dirty-log"
+        by_tables = machine.resetter.method != DIRTY_LOG
         if machine.has_native_state or callable(write_to) or by_tables:
             batch = 1  # between two runs there is something to do in Python
         prepared = _Prepared(machine, write_to, collect, batch, touched)
@@ -253,10 +255,10 @@ def _run(prepared: _Prepared, chunk: list[_T]) -> Iterator[Outcome[_T]]:
     """Run a chunk of inputs; their outcomes."""
     machine, native, runs = prepared.machine, prepared.native, prepared.runs
     done, total = 0, len(chunk)
-    native.count = total
-    machine.cpus[0]._runner = threading.get_ident()
+    native.count, drain = total, machine._drain(machine.cpus[0])
     while done < total:
         machine.before_reset()
+        machine.cpus[0]._runner = threading.get_ident()
         native.first = first = done
         error = None
         if prepared.write is not None:  # what it raises leaves nothing unread
@@ -270,6 +272,7 @@ def _run(prepared: _Prepared, chunk: list[_T]) -> Iterator[Outcome[_T]]:
                     runs[done - 1].code = over = _serve(prepared, done - 1)
             finally:
                 lib.kvmpy_pause(native.loop)
+            drain()
             if over < 0:
                 raise machine.cpus[0].run_error(-over)
         except BaseException as raised:
@@ -278,7 +281,7 @@ def _run(prepared: _Prepared, chunk: list[_T]) -> Iterator[Outcome[_T]]:
                 raise
             error, done = raised, done - 1  # the runs before were over
         # All of them before the first is given: the machine is still as the last run left it.
-        yield from [_outcome(prepared, chunk[at], at) for at in range(first, done)]
+        yield from [_outcome(prepared, chunk[at], at, at + 1 == done) for at in range(first, done)]
         if error is not None:
             raise error
 
@@ -311,7 +314,7 @@ def _serve(prepared: _Prepared, at: int) -> int:
     return code
 
 
-def _outcome(prepared: _Prepared, given: _T, at: int) -> Outcome[_T]:
+def _outcome(prepared: _Prepared, given: _T, at: int, last: bool) -> Outcome[_T]:
     machine, code = prepared.machine, prepared.runs[at].code
     size = prepared.size
     collected = bytes(prepared.collected[at * size : (at + 1) * size]) if size else b""
@@ -324,6 +327,8 @@ def _outcome(prepared: _Prepared, given: _T, at: int) -> Outcome[_T]:
     elif code == lib.KVMPY_ENDED:
         value = prepared.runs[at].value
         outcome, detail = "ended", f"value {value}"
+    elif code == _STOPPED and not last:  # not by a device of its own
+        outcome, detail, value = "stopped", "", None
     else:
         outcome, detail, value = machine._came_to(code, machine.cpus[0])
     if isinstance(value, GuestException):

@@ -11,7 +11,7 @@ from typing import Final
 
 from kvmpy.abi import IOCTLS
 from kvmpy.errors import ConfigError
-from kvmpy.interrupts import GsiRoute
+from kvmpy.interrupts import GsiRoute, IrqchipRoute
 from kvmpy.vcpu import VCPU
 from kvmpy.vm import VM
 from kvmpy.x86.state import ClockData
@@ -21,6 +21,7 @@ __all__ = [
     "CpuState",
     "VmState",
     "load_cpu",
+    "load_routes",
     "load_vm",
     "msr_indices",
     "save_cpu",
@@ -130,5 +131,19 @@ def load_vm(vm: VM, state: VmState) -> None:
         if not vm.has_pit:
             vm.create_pit()
         vm.set_pit(state.pit)
-    if state.routes is not None:
-        vm.set_gsi_routing(state.routes)
+    load_routes(vm, state.routes)
+
+
+def load_routes(vm: VM, routes: tuple[GsiRoute, ...] | None) -> None:
+    """Bring the GSI routes back; None for the kernel's own."""
+    if vm.gsi_routes != routes:
+        vm.set_gsi_routing(_kernels_routes(vm) if routes is None else routes)
+        vm.gsi_routes = routes
+
+
+def _kernels_routes(vm: VM) -> tuple[GsiRoute, ...]:
+    """Those that KVM_CREATE_IRQCHIP makes; a split irqchip begins without any (KVM API, 4.24)."""
+    if vm.irqchip != "full":
+        return ()
+    ioapic = [IrqchipRoute(gsi, 2, gsi) for gsi in range(24)]
+    return (*ioapic, *(IrqchipRoute(gsi, gsi // 8, gsi % 8) for gsi in range(16)))

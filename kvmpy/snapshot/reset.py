@@ -14,7 +14,7 @@ from kvmpy.calls import Call, ioctl, native
 from kvmpy.errors import ConfigError
 from kvmpy.exits import OFFSET_CR8, OFFSET_DIRTY_REGS
 from kvmpy.memory import PAGE_SIZE, Memory
-from kvmpy.snapshot.cpu import ORDER, CpuState
+from kvmpy.snapshot.cpu import ORDER, CpuState, load_routes
 from kvmpy.snapshot.image import set_bits
 from kvmpy.snapshot.pages import put_back
 from kvmpy.snapshot.snapshot import Snapshot
@@ -24,8 +24,9 @@ from kvmpy.vcpuregs import SYNC_EVENTS, SYNC_REGS, SYNC_SREGS
 from kvmpy.vm import SPARE_PAGE, VM
 from kvmpy.x86.state import SpecialRegisters
 
-__all__ = ["IN_PAGE", "SCOPES", "Resetter", "accepted_msrs"]
+__all__ = ["DIRTY_LOG", "IN_PAGE", "SCOPES", "Resetter", "accepted_msrs"]
 
+DIRTY_LOG: Final = "dirty-log"
 SCOPES: Final = ("all", "registers")
 _SYNC_ALL: Final = SYNC_REGS | SYNC_SREGS | SYNC_EVENTS
 IN_PAGE: Final = ("REGS", "SREGS", "VCPU_EVENTS")  # the order of struct kvm_sync_regs
@@ -45,7 +46,7 @@ class Resetter:
             raise ConfigError(f"scope {scope!r}: use {' or '.join(SCOPES)}")
         self.snapshot, self.scope = snapshot, scope
         self._vm, self._cpus = vm, list(vm.vcpus)
-        self.method = "dirty-log" if self._log() else "copy-on-write"
+        self.method = DIRTY_LOG if self._log() else "copy-on-write"
         self._in_page = not vm.irqchip and all(
             cpu.can_sync & _SYNC_ALL == _SYNC_ALL for cpu in self._cpus
         )
@@ -54,6 +55,7 @@ class Resetter:
                 "scope 'registers' takes KVM_CAP_SYNC_REGS with events, and no irqchip: use 'all'"
             )
         self._by_tables = self.method == "copy-on-write"
+        self._regions = list(vm.memory)
         self._pairs = list(zip(vm.memory, snapshot.images, strict=True))
         self._kept: list[object] = []
         self.native = made = self._make()
@@ -61,24 +63,33 @@ class Resetter:
             (made.cpu[number], cpu, cpu.run_page) for number, cpu in enumerate(self._cpus)
         ]
 
-    def go(self) -> int:
-        """Go back; how many pages had changed."""
-        unseen = self.prepare()
-        self.reset()
-        return unseen + int(self.native.changed)
+    def fits(self) -> bool:
+        """Whether the VM still has the RAM and the vCPUs that it had."""
+        return self._vm.vcpus == self._cpus and list(self._vm.memory) == self._regions
 
     def prepare(self) -> int:
         """What comes before C's part; how many pages only the kernel's page tables knew of."""
+        if not self.fits():
+            raise ConfigError("the snapshot is of a machine with other RAM or vCPUs")
         unseen = 0
         for region, image in self._pairs:
-            if self._by_tables or region.may_have_changed():
+            # Others may map what is shared; of read-only RAM, KVM has no log.
+            if (
+                self._by_tables
+                or region.backing == "shared"
+                or region.may_have_changed()
+                or (region.readonly and region.written and any(region.written))
+            ):
                 unseen += len(put_back(region, image))
+                if region.readonly:
+                    region.written = set_bits(region.size // PAGE_SIZE, [])
         if unseen:
             self.native.drop = 1
+        load_routes(self._vm, self.snapshot.vm.routes)
         for one, cpu, page in self._each_cpu:
             if page[OFFSET_DIRTY_REGS]:  # what waits there is not the vCPU's, and never will be
-                page[OFFSET_DIRTY_REGS] = 0
                 cpu.outdate()
+                page[OFFSET_DIRTY_REGS] = 0
             one.stale = cpu.outdated_at
             if not self._in_page:
                 cpu.outdate()
@@ -101,7 +112,10 @@ class Resetter:
         regions = [region for region in vm.memory if not region.readonly]
         if vm.logs_for_reset:
             for region in regions:
-                vm.clear_dirty_log(region, b"\xff" * (region.size // PAGE_SIZE // 8 + 1))
+                if region.log_dirty:
+                    vm.clear_dirty_log(region, b"\xff" * (region.size // PAGE_SIZE // 8 + 1))
+                else:  # it was added meanwhile
+                    vm.set_log_dirty(region, True)
             return True
         if any(region.log_dirty for region in regions):
             return False
@@ -120,12 +134,15 @@ class Resetter:
         made.vm = self._vm.fd
         made.spare_slot, made.spare_address = self._vm.spare_slot()
         made.spare_page = ffi.cast("void *", address_of(SPARE_PAGE))
-        if self.method == "dirty-log":
-            logged = [pair for pair in self._pairs if not pair[0].readonly]
-            made.regions = len(logged)
-            made.region = self._keep(ffi.new("struct kvmpy_reset_region[]", len(logged)))
-            for one, (region, image) in zip(made.region[0 : len(logged)], logged, strict=True):
-                self._region(one, region, address_of(image.view()))
+        logged = [pair for pair in self._pairs if not pair[0].readonly]
+        # Without a log, C puts no region back; where inputs are written it knows all the same.
+        made.regions = len(logged) if self.method == DIRTY_LOG else 0
+        made.region = self._keep(ffi.new("struct kvmpy_reset_region[]", len(logged)))
+        for one, (region, image) in zip(made.region[0 : len(logged)], logged, strict=True):
+            self._region(one, region, address_of(image.view()))
+        for region in self._regions:
+            if region.readonly:
+                region.written = set_bits(region.size // PAGE_SIZE, [])
         made.cpus = len(self._cpus)
         made.cpu = self._keep(ffi.new("struct kvmpy_reset_cpu[]", len(self._cpus)))
         for number, (cpu, state) in enumerate(zip(self._cpus, self.snapshot.cpus, strict=True)):
