@@ -142,7 +142,7 @@ void kvmpy_raiser_end(struct kvmpy_raiser *raiser);
 int kvmpy_raise(struct kvmpy_raiser *raiser, struct kvmpy_loop *loop, uint64_t *pair);
 
 /* csrc/pages.h: pages of guest RAM, by bitmaps. */
-int64_t kvmpy_own_pages(int pagemap, const uint8_t *start, uint64_t pages, uint64_t *bitmap);
+int64_t kvmpy_own_pages(const uint8_t *start, uint64_t pages, uint64_t *bitmap);
 int64_t kvmpy_differing(const uint8_t *one, const uint8_t *other, uint64_t pages,
                         uint64_t *bitmap);
 int64_t kvmpy_not_zero(const uint8_t *start, uint64_t pages, uint64_t *bitmap);

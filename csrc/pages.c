@@ -3,6 +3,7 @@
 #include "pages.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -22,7 +23,7 @@
 #define SWAPPED (1ull << 62)
 #define OF_FILE (1ull << 61)
 
-int64_t kvmpy_own_pages(int pagemap, const uint8_t *start, uint64_t pages, uint64_t *bitmap)
+static int64_t own_pages(int pagemap, const uint8_t *start, uint64_t pages, uint64_t *bitmap)
 {
     uint64_t entries[512], found = 0;
 
@@ -41,6 +42,17 @@ int64_t kvmpy_own_pages(int pagemap, const uint8_t *start, uint64_t pages, uint6
         }
     }
     return (int64_t)found;
+}
+
+/* It is opened here, and not in Python, where a signal handler may raise before it is closed. */
+int64_t kvmpy_own_pages(const uint8_t *start, uint64_t pages, uint64_t *bitmap)
+{
+    int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    if (pagemap < 0)
+        return -errno;
+    int64_t result = own_pages(pagemap, start, pages, bitmap);
+    close(pagemap);
+    return result;
 }
 
 int64_t kvmpy_differing(const uint8_t *one, const uint8_t *other, uint64_t pages,

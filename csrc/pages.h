@@ -10,8 +10,8 @@
  * pages, or -errno. */
 
 /* Mark the pages of a private mapping that are the process's own: written since it was made,
- * by whomever. `pagemap` is /proc/self/pagemap. */
-int64_t kvmpy_own_pages(int pagemap, const uint8_t *start, uint64_t pages, uint64_t *bitmap);
+ * by whomever (/proc/self/pagemap). */
+int64_t kvmpy_own_pages(const uint8_t *start, uint64_t pages, uint64_t *bitmap);
 
 /* Of the marked pages, leave those marked that differ between the two. */
 int64_t kvmpy_differing(const uint8_t *one, const uint8_t *other, uint64_t pages,

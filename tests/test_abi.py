@@ -58,7 +58,7 @@ CONSTANTS: dict[str, tuple[int, str]] = {
     "IOAPIC": (interrupts.IOAPIC, "KVM_IRQCHIP_IOAPIC"),
     "an irqchip's state": (8, "offsetof(struct kvm_irqchip, chip)"),
     "the LAPIC's state": (vcpustate.LAPIC_SIZE, "sizeof(struct kvm_lapic_state)"),
-    "MAP_NORESERVE": (memory._MAP_NORESERVE, "MAP_NORESERVE"),
+    "MAP_NORESERVE": (memory.MAP_NORESERVE, "MAP_NORESERVE"),
     "coalesced first": (0, "offsetof(struct kvm_coalesced_mmio_ring, first)"),
     "coalesced last": (4, "offsetof(struct kvm_coalesced_mmio_ring, last)"),
     "coalesced entries": (8, "offsetof(struct kvm_coalesced_mmio_ring, coalesced_mmio)"),

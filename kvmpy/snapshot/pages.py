@@ -37,13 +37,7 @@ def own_pages(region: Memory) -> Bitmap:
     if region.origin is _UNKNOWN:
         return full(pages)
     marked = empty(pages)
-    with host_errors("opening /proc/self/pagemap"):
-        pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        start = pointer(region.host_address)
-        result = lib.kvmpy_own_pages(pagemap, start, pages, words(marked))
-    finally:
-        os.close(pagemap)
+    result = lib.kvmpy_own_pages(pointer(region.host_address), pages, words(marked))
     checked(result, "reading /proc/self/pagemap")
     return marked
 
