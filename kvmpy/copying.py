@@ -54,15 +54,15 @@ class Copying(Running):
     """What `reset_to` works with, once it was called."""
     _device_loads: Sequence[tuple[Callable[[bytes], None], bytes]] = ()
     _loads_of = -1  # the generation of claims that these are of
-    _going_back = False  # also after that was interrupted
 
     def snapshot(self) -> Snapshot:
         """All of the machine as it is now: RAM, vCPUs, interrupt controllers, clock, devices.
 
         Exits at hand are finished first. Only pages that changed since the machine's last
         snapshot take memory. Devices take part that have `save_state` and `load_state`
-        (`kvmpy.bus.Stateful`). Not part of it: eventfds, statistics, what waits in `input`,
-        and the host's TSC where KVM does not give each guest its own.
+        (`kvmpy.bus.Stateful`). Not part of it: eventfds, statistics and counts, `set_guest_debug`,
+        enabled capabilities, a `stop` that waits, what waits in `input`, and the TSC where KVM does not
+        give each guest its own.
 
         Raises PendingExitError while an exit waits to be seen, ConfigError while a vCPU runs.
         """
@@ -97,24 +97,26 @@ class Copying(Running):
         started = perf_counter_ns()
         self._check_fits(snapshot, across_backends)
         changed, self.resetter = 0, None
-        interrupted, self._going_back = self._going_back, True
         for cpu in self.cpus:
             _drop_exit(cpu)
         for region, image in zip(self.vm.memory, snapshot.images, strict=True):
             changed += len(put_back(region, image))
-        if changed or interrupted:
-            self.vm.drop_mappings()
+        self.vm.drop_mappings()  # of pages as they are now, or were in between
         self._load(snapshot)
-        self._going_back = False
         return Restored(changed, changed * 4096, perf_counter_ns() - started)
 
     def reset_to(self, snapshot: Snapshot, scope: str = "all") -> Restored:
         """The same as `restore`, and fast from the second time on: only what changed.
 
         With `scope` "registers", neither x87, SSE and AVX registers nor MSRs, debug registers and
-        the clock are brought back: for guests that do not touch them. A guest that changes its
-        page tables in the middle of a run, and has them as they were at its end, can leave
-        mappings behind where KVM has shadow page tables: `machine.vm.drop_mappings()` ends them.
+        the clock are brought back: for guests that do not touch them.
+
+        Other than with `restore`, translations of addresses outlive a run, in the processor or in
+        KVM's shadow page tables, unless page tables or CR3 are others at its end than in the
+        snapshot. So accessed and dirty bits that one run has set may stay clear in the next; and a
+        guest that changes a page table without invalidating what it had mapped, or has it back at
+        the end, can meet a mapping of an earlier run. `machine.vm.drop_mappings()` before a run
+        ends them (some 100 us).
         """
         started = perf_counter_ns()
         changed = self.go_back(snapshot, scope)
@@ -149,10 +151,10 @@ class Copying(Running):
         """
         self._check_stopped()
         # Where a signal handler raises in the midst, the next reset is a whole one.
-        resetter, self.resetter, self._going_back = self.resetter, None, True
+        resetter, self.resetter = self.resetter, None
         self._reset_devices(resetter.snapshot)
         unseen: int = resetter.prepare()
-        self.resetter, self._going_back = resetter, False
+        self.resetter = resetter
         return unseen
 
     def _reset_devices(self, snapshot: Snapshot) -> None:

@@ -279,3 +279,42 @@ def test_two_vcpus_in_the_midst_of_an_ipi(kind: str) -> None:
         for one in again(machine, snapshot):
             assert one.run(timeout=10, cpu=1).value == 9
             assert one.run(timeout=0.01, cpu=0).outcome == "timeout"
+
+
+@pytest.mark.parametrize("ring", [0, 3])
+def test_translations_of_what_is_undone_are_forgotten(ring: int) -> None:
+    """The guest maps something else for a moment: in the end no byte of RAM has changed."""
+    virtual, tables = 1 << 39, 0x100000
+    text = f"""
+    mov rdi, {virtual:#x}
+    mov esi, {tables + 0x2000:#x}
+    mov rbx, [rsi]
+    mov rcx, rbx
+    xor rcx, r8
+    mov [rsi], rcx
+    mov eax, [rdi]
+    mov [rsi], rbx
+    out 0xf4, eax
+    hlt
+    """
+    with Machine(4 << 20, "long", ring) as machine:
+        machine.load(code(text), 0x1000)
+        (cpu,) = machine.cpus
+        machine.memory.write(0x20000, b"one.")
+        machine.memory.write(0x21000, b"two.")
+        # Accessed and dirty already, so that the processor has nothing to note.
+        pml4 = cpu.get_sregs().cr3
+        machine.memory.write_u64(pml4 + 8, tables | 0x27)
+        machine.memory.write_u64(tables, tables + 0x1000 | 0x27)
+        machine.memory.write_u64(tables + 0x1000, tables + 0x2000 | 0x27)
+        machine.memory.write_u64(tables + 0x2000, 0x20000 | 0x67)
+        machine.run(timeout=10)
+        machine.set_entry(0x1000)
+        snapshot = machine.snapshot()
+        for other in (1, 0, 1, 1, 0, 0, 1, 0):
+            machine.restore(snapshot)
+            registers = cpu.get_regs()
+            registers.r8 = 0x1000 * other
+            cpu.set_regs(registers)
+            value = machine.run(timeout=10).value
+            assert value == int.from_bytes(b"two." if other else b"one.", "little")
