@@ -1,6 +1,7 @@
 """Snapshots of a machine, going back to one, and new machines made from one."""
 
 import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from threading import RLock
 from time import perf_counter_ns
@@ -208,7 +209,7 @@ class Copying(Running):
             elif attach is not None or not standard.has_all(snapshot.devices):
                 machine._load_devices(snapshot, machine.dispatch)
         except BaseException:
-            machine.vm.__exit__(*_NOTHING)
+            machine.vm.__exit__(*sys.exc_info())  # frames in its traceback may hold views
             machine.kvm.close()
             raise
         return machine
@@ -315,7 +316,6 @@ class Copying(Running):
             )
 
 
-_NOTHING = (None, None, None)
 _late = RLock()  # two vCPUs may need a device at the same time
 
 

@@ -138,7 +138,8 @@ def runs(
         lib.kvmpy_quiet(loop)
         loop.heartbeat_ns = before
         if mine:
-            machine.__exit__(None, None, None)
+            # Whatever ends the loop, a view that somebody holds goes when they let go of it.
+            machine.__exit__(GeneratorExit, GeneratorExit(), None)
 
 
 def _chunks(inputs: Iterable[_T], size: int) -> Iterator[list[_T]]:
@@ -222,7 +223,7 @@ class _Prepared:
     def _place(self, chunk: list[Any]) -> Any:
         end = 0
         for at, one in enumerate(chunk):
-            size = len(one)
+            size = len(one) if type(one) is bytes else _size(one)
             if size > self.room:
                 raise AddressError(
                     f"an input of {size} bytes at {self.address:#x} does not fit into the RAM there"
@@ -249,6 +250,13 @@ class _Prepared:
         """The general registers after that run."""
         start = at * _RUN_SIZE + _RUN_REGS
         return bytes(self.registers[start : start + Registers.SIZE])
+
+
+def _size(given: Any) -> int:
+    try:
+        return memoryview(given).nbytes
+    except TypeError:
+        raise ConfigError(f"an input for an address is bytes, not {given!r}") from None
 
 
 def _run(prepared: _Prepared, chunk: list[_T]) -> Iterator[Outcome[_T]]:

@@ -1,5 +1,7 @@
 """Resets and loops over inputs, where the machine, its host or its devices are not as expected."""
 
+import array
+import gc
 import mmap
 import os
 import threading
@@ -319,3 +321,60 @@ def test_what_a_run_has_posted_is_its_own(batch: int) -> None:
         assert {console for _, console in seen} <= {b"A", b""}
         if batch == 1:
             assert seen.count(("timeout", b"A")) > 4
+
+
+# What comes out ------------------------------------------------------------------------------
+
+
+def holding_a_view(machine: Machine) -> None:
+    attach(machine)
+
+    @machine.on_port(0x61)
+    def device(offset: int, size: int, value: int | None) -> int:
+        view = machine.memory.view
+        raise ValueError(f"broken, of {len(view)}")
+
+
+def failing(machine: Machine) -> None:
+    view = machine.memory.view
+    raise ValueError(f"broken, of {len(view)}")
+
+
+def test_a_view_in_a_frame_of_the_traceback_hides_no_exception(summing: Machine) -> None:
+    summing.memory.write(0x1000, code("in al, 0x61\nhlt"))
+    snapshot = summing.snapshot()
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ValueError, match="broken"):
+        Machine.from_snapshot(snapshot, failing)
+    with pytest.raises(ValueError, match="broken"):
+        list(runs(snapshot, range(2), timeout=10, attach=holding_a_view))
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_view_outlives_the_loop_that_it_is_of(summing: Machine, left: bool) -> None:
+    snapshot = summing.snapshot()
+    loop = runs(snapshot, [given_input(7)] * 2, INPUT, timeout=10, attach=attach)
+    for one in loop:
+        view = one.machine.memory.view
+        if left:
+            break
+    loop.close()  # type: ignore[attr-defined]
+    assert view[INPUT : INPUT + 2] == given_input(7)
+    assert one.machine.vm.closed
+    view.release()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_inputs_are_anything_that_is_bytes(summing: Machine, batch: int) -> None:
+    snapshot = summing.snapshot()
+    words = array.array("I", [0x030201_03, 0])
+    inputs = [words, memoryview(words), bytearray(given_input(1, 2, 3)), given_input(1, 2, 3)]
+    made = runs(snapshot, inputs, INPUT, timeout=10, machine=summing, batch=batch)
+    assert [one.value for one in made] == [6] * 4
+    for wrong in ("text", 7, None):
+        loop = runs(snapshot, [b"\1", wrong], INPUT, timeout=10, machine=summing, batch=batch)
+        with pytest.raises(ConfigError, match="an input for an address is bytes"):
+            list(loop)

@@ -84,7 +84,7 @@ IN_PARTS = (
 )
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @pytest.mark.parametrize("ring", [0, 3])
 @given(pieces=st.lists(st.sampled_from(EVERYWHERE + IN_PARTS), min_size=1, max_size=10))
 def test_at_every_exit_also_of_accesses_in_parts(ring: int, pieces: list[str]) -> None:
