@@ -179,6 +179,13 @@ void kvmpy_end(struct kvmpy_loop *loop)
     __atomic_store_n(&loop->running, 0, __ATOMIC_SEQ_CST);
 }
 
+/* Another run of the thread that has the vCPU already. */
+void kvmpy_next(struct kvmpy_loop *loop, int64_t timeout_ns)
+{
+    loop->returned = KVMPY_HEARTBEAT;
+    loop->deadline_ns = timeout_ns < 0 ? 0 : kvmpy_clock() + (uint64_t)timeout_ns;
+}
+
 /* kvmpy_begin() for runs that follow each other closely: where kvmpy_pause() has left the timer
  * ticking for this thread, no system call is made. A deadline is then seen at a heartbeat. */
 int kvmpy_resume(struct kvmpy_loop *loop, int64_t timeout_ns)
@@ -193,8 +200,7 @@ int kvmpy_resume(struct kvmpy_loop *loop, int64_t timeout_ns)
     if (!__atomic_compare_exchange_n(&loop->running, &free, 1, 0, __ATOMIC_SEQ_CST,
                                      __ATOMIC_SEQ_CST))
         return -EBUSY;
-    loop->returned = KVMPY_HEARTBEAT;
-    loop->deadline_ns = timeout_ns < 0 ? 0 : kvmpy_clock() + (uint64_t)timeout_ns;
+    kvmpy_next(loop, timeout_ns);
     loop->outer = innermost;
     innermost = loop;
     __atomic_store_n(&loop->thread, this_thread()->id, __ATOMIC_SEQ_CST);

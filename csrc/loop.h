@@ -121,6 +121,7 @@ static inline uint64_t kvmpy_clock(void)
 int kvmpy_begin(struct kvmpy_loop *loop, int64_t timeout_ns);
 void kvmpy_end(struct kvmpy_loop *loop);
 int kvmpy_resume(struct kvmpy_loop *loop, int64_t timeout_ns);
+void kvmpy_next(struct kvmpy_loop *loop, int64_t timeout_ns);
 void kvmpy_pause(struct kvmpy_loop *loop);
 void kvmpy_quiet(struct kvmpy_loop *loop);
 int kvmpy_run(struct kvmpy_loop *loop);

@@ -225,14 +225,10 @@ static int run_one(const struct kvmpy_batch *batch, uint32_t at)
     if (size)
         write_input(batch->reset->region + batch->region, batch->offset, batch->data + start,
                     size);
-    result = kvmpy_resume(loop, batch->timeout_ns);
-    if (result < 0)
-        return result;
+    kvmpy_next(loop, batch->timeout_ns);
     loop->raw = 0;
     loop->exits_left = batch->max_exits;
     batch->runs[at].code = kvmpy_run(loop);
-    if (batch->runs[at].code <= KVMPY_ENDED)
-        kvmpy_pause(loop);
     return 0;
 }
 

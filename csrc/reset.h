@@ -80,9 +80,10 @@ struct kvmpy_batch {
     uint64_t touched_words;
 };
 
-/* How many inputs have been run, or -errno of a reset. It ends early after a run that is not over:
- * one that needs Python, which is then still to be finished, and kvmpy_pause() to be called; or
- * after an exit of which struct kvm_run has more to say than that the guest halted. */
+/* How many inputs have been run, or -errno of a reset; between kvmpy_resume() and kvmpy_pause(), so
+ * that nobody takes the RAM away. It ends early after a run that is not over, which needs Python to
+ * be finished; or after an exit of which struct kvm_run has more to say than that the guest
+ * halted. */
 int kvmpy_run_batch(struct kvmpy_batch *batch);
 
 #endif

@@ -67,7 +67,7 @@ class Copying(Running):
 
         Raises PendingExitError while an exit waits to be seen, ConfigError while a vCPU runs.
         """
-        self._check_stopped()
+        self.check_stopped()
         for cpu in self.cpus:
             cpu.finish()
             self._drain(cpu)()
@@ -136,6 +136,7 @@ class Copying(Running):
             self.resetter = Resetter(self.vm, snapshot, scope)
             self._loads_of = -1
             return changed
+        self.check_stopped()
         unseen = self.before_reset()
         resetter.reset()
         return unseen + int(resetter.native.changed)
@@ -150,7 +151,6 @@ class Copying(Running):
 
         How many pages are known to have changed already.
         """
-        self._check_stopped()
         # Where a signal handler raises in the midst, the next reset is a whole one.
         resetter, self.resetter = self.resetter, None
         self._reset_devices(resetter.snapshot)
@@ -294,14 +294,15 @@ class Copying(Running):
                 raise ConfigError(f"save_state of the device at {name} gave no bytes: {state!r}")
             yield name, state
 
-    def _check_stopped(self) -> None:
+    def check_stopped(self) -> None:
+        """Raise ClosedError for a machine that is closed, ConfigError while a vCPU runs."""
         self.vm.fd  # noqa: B018 - refuse a closed machine
         for cpu in self.cpus:
             if cpu.loop.running or cpu in self._watched:  # by exits(), a device is being called
                 raise ConfigError(f"{cpu.what} is running: stop it first")
 
     def _check_fits(self, snapshot: Snapshot, across_backends: bool) -> None:
-        self._check_stopped()
+        self.check_stopped()
         snapshot.check_host(across_backends)
         if not same_shape(list(self.vm.memory), snapshot.images):
             raise ConfigError("the snapshot is of a machine with other RAM")

@@ -265,16 +265,14 @@ def _run(prepared: _Prepared, chunk: list[_T]) -> Iterator[Outcome[_T]]:
     done, total = 0, len(chunk)
     native.count, drain = total, machine._drain(machine.cpus[0])
     while done < total:
-        machine.before_reset()
-        machine.cpus[0]._runner = threading.get_ident()
+        machine.check_stopped()
         native.first = first = done
         error = None
-        if prepared.write is not None:  # what it raises leaves nothing unread
-            prepared.resetter.reset()
-            prepared.write(machine, chunk[0])
         try:
             try:
-                done = _call(prepared)
+                _resume(prepared)
+                machine.before_reset()
+                done = _call(prepared, chunk)
                 over = runs[done - 1].code
                 if over > LAST_END:
                     runs[done - 1].code = over = _serve(prepared, done - 1)
@@ -289,21 +287,36 @@ def _run(prepared: _Prepared, chunk: list[_T]) -> Iterator[Outcome[_T]]:
                 raise
             error, done = raised, done - 1  # the runs before were over
         # All of them before the first is given: the machine is still as the last run left it.
-        yield from [_outcome(prepared, chunk[at], at, at + 1 == done) for at in range(first, done)]
+        last = done - 1 if error is None else done  # of those that a device can have ended
+        yield from [_outcome(prepared, chunk[at], at, at == last) for at in range(first, done)]
         if error is not None:
             raise error
 
 
-def _call(prepared: _Prepared) -> int:
+def _resume(prepared: _Prepared) -> None:
+    """Take the vCPU, so that no other thread closes the machine."""
+    (cpu, *_), native = prepared.machine.cpus, prepared.native
+    code = lib.kvmpy_resume(native.loop, native.timeout_ns)
+    if code < 0:
+        raise cpu.begin_error(-code)
+    cpu.run_page  # noqa: B018 - closed by another thread meanwhile
+    cpu._runner = threading.get_ident()
+
+
+def _call(prepared: _Prepared, chunk: list[_T]) -> int:
     native = prepared.native
     if prepared.write is None:
         done: int = lib.kvmpy_run_batch(native)
         if done < 0:
             raise prepared.resetter.error(-done)
         return done
+    prepared.resetter.reset()
     loop = native.loop
+    lib.kvmpy_pause(loop)  # the function is no device: it may do all that is done between runs
+    prepared.write(prepared.machine, chunk[0])
+    _resume(prepared)
     loop.raw, loop.exits_left = False, native.max_exits  # finishing an exit has left it raw
-    code = lib.kvmpy_resume(loop, native.timeout_ns) or lib.kvmpy_run(loop)
+    code = lib.kvmpy_run(loop)
     prepared.runs[0].code = code
     if 0 <= code <= LAST_END:
         prepared.finish(0)

@@ -115,11 +115,11 @@ class VCPU(VcpuRegisters):
         self.run_page  # noqa: B018 - refuse a closed one
         loop = self.loop
         if loop.running:
-            raise self._begin_error(errno.EBUSY)
+            raise self.begin_error(errno.EBUSY)
         try:
             code = lib.kvmpy_begin(loop, nanoseconds(timeout))
             if code < 0:
-                raise self._begin_error(-code)
+                raise self.begin_error(-code)
             self.run_page  # noqa: B018 - closed by another thread meanwhile
             self._runner = threading.get_ident()
         except BaseException:
@@ -128,7 +128,8 @@ class VCPU(VcpuRegisters):
         loop.raw, loop.exits_left = raw, max_exits
         return loop
 
-    def _begin_error(self, code: int) -> Exception:
+    def begin_error(self, code: int) -> Exception:
+        """The exception for an errno of kvmpy_begin()'s."""
         if code == errno.EBUSY:
             return ConfigError(f"{self.what} is already running: one thread at a time, once")
         if code == errno.ENOSPC:

@@ -6,6 +6,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -378,3 +379,44 @@ def test_inputs_are_anything_that_is_bytes(summing: Machine, batch: int) -> None
         loop = runs(snapshot, [b"\1", wrong], INPUT, timeout=10, machine=summing, batch=batch)
         with pytest.raises(ConfigError, match="an input for an address is bytes"):
             list(loop)
+
+
+def test_inputs_by_a_function_end_as_those_by_an_address(summing: Machine) -> None:
+    """Also after a run that was left at an access."""
+    snapshot = summing.snapshot()
+    inputs = [given_input(*range(number)) for number in (1, 4, 2, 5)]
+
+    def write(machine: Machine, one: bytes) -> None:
+        assert not machine.cpus[0].loop.running
+        machine.memory.write(INPUT, one)
+
+    for where in (INPUT, write):
+        made = runs(snapshot, inputs, where, timeout=10, machine=summing)
+        assert [(one.outcome, one.value) for one in made] == [
+            ("debug-exit", sum(one[1:])) for one in inputs
+        ]
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_a_machine_that_another_thread_closes_at_any_moment(batch: int) -> None:
+    """Between two runs or in one: a typed error, and RAM that nobody has taken away."""
+    for _ in range(6):
+        machine = machine_of(code(SUMMING), 3)
+        snapshot, begun = machine.snapshot(), threading.Event()
+
+        def close(machine: Machine = machine, begun: threading.Event = begun) -> None:
+            begun.wait()
+            while not machine.vm.closed:
+                with suppress(ConfigError):  # it runs
+                    machine.close()
+
+        thread = threading.Thread(target=close)
+        thread.start()
+        try:
+            inputs = [given_input(3)] * 10000
+            for one in runs(snapshot, inputs, INPUT, timeout=10, machine=machine, batch=batch):
+                assert one.value == 3
+                begun.set()
+        except ClosedError:
+            pass
+        thread.join()
