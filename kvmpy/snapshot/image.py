@@ -17,6 +17,7 @@ __all__ = [
     "Image",
     "bits",
     "checked",
+    "data_pages",
     "empty",
     "full",
     "host_errors",
@@ -77,6 +78,24 @@ def mark(bitmap: Bitmap, first: int, count: int) -> None:
     bitmap[first >> 3 : (first >> 3) + whole] = b"\xff" * whole
     for page in range(first + 8 * whole, first + count):
         bitmap[page >> 3] |= 1 << (page & 7)
+
+
+def data_pages(fd: int, offset: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where a part of a file has data (lseek(2), SEEK_DATA): the first page, and how many."""
+    at, end = offset, offset + size
+    while at < end:
+        try:
+            at = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole is left
+                return
+            raise
+        if at >= end:
+            return
+        after = min(os.lseek(fd, at, os.SEEK_HOLE), end)
+        first = (at - offset) // PAGE_SIZE
+        yield first, -(-(after - offset) // PAGE_SIZE) - first
+        at = after
 
 
 def united(one: Bitmap, other: Bitmap) -> Bitmap:
@@ -208,21 +227,9 @@ class Image:
     def holding(self) -> Bitmap:
         """The pages that can be other than zero; to look at the others would take memory."""
         marked, base = self.since_base(), self.base
-        end = base.offset + self.size
-        at = base.offset
         with host_errors("reading a snapshot"):
-            while at < end:
-                try:
-                    first = os.lseek(base.fd, at, os.SEEK_DATA)
-                except OSError as error:
-                    if error.errno != errno.ENXIO:
-                        raise
-                    break
-                if first >= end:
-                    break
-                at = min(os.lseek(base.fd, first, os.SEEK_HOLE), end)
-                page = (first - base.offset) // PAGE_SIZE
-                mark(marked, page, -(-(at - base.offset) // PAGE_SIZE) - page)
+            for first, count in data_pages(base.fd, base.offset, base.size):
+                mark(marked, first, count)
         return marked
 
     def read(self, page: int) -> bytes:

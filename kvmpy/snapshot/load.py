@@ -16,11 +16,10 @@ from kvmpy.abi import host_error
 from kvmpy.errors import ConfigError, KvmpyError, SnapshotError
 from kvmpy.memory import PAGE_SIZE
 from kvmpy.snapshot.config import Saved
-from kvmpy.snapshot.image import Image, mark, set_bits
+from kvmpy.snapshot.image import Image, data_pages, mark, set_bits
 from kvmpy.snapshot.layout import Header, digest, unpack_values
 from kvmpy.snapshot.ram import expanded, mapped
 from kvmpy.snapshot.regions import RegionTable, block_runs, unpack_tables
-from kvmpy.snapshot.save import data_pages
 from kvmpy.snapshot.values import Contents, contents
 
 __all__ = ["SnapshotFile"]

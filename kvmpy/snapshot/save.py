@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,14 @@ from kvmpy.abi import address_of, ffi, host_error, lib
 from kvmpy.errors import ConfigError
 from kvmpy.memory import PAGE_SIZE
 from kvmpy.snapshot.config import Saved
-from kvmpy.snapshot.image import Bitmap, Image, mark, set_bits, words
+from kvmpy.snapshot.image import Image, mark, words
 from kvmpy.snapshot.layout import COMPRESSIONS, MOST_BYTES, Header, digest, pack_values
 from kvmpy.snapshot.newfile import new_file
 from kvmpy.snapshot.regions import Block, RegionTable, block_runs, pack_tables
 from kvmpy.snapshot.values import Contents, named
 from kvmpy.snapshot.zstd import compressor
 
-__all__ = ["data_pages", "save"]
+__all__ = ["save"]
 
 
 def save(path: Path, images: Sequence[Image], what: Contents, compress: str | None) -> Saved:
@@ -72,7 +72,7 @@ def _write(fd: int, data: bytes, offset: int) -> None:
 
 def _table(image: Image) -> RegionTable:
     """Which pages of an image are to be stored, and which repeat one of those."""
-    marked = _maybe_not_zero(image)
+    marked = image.holding()
     view = image.view()
     start = ffi.cast("uint8_t *", address_of(view))
     lib.kvmpy_not_zero(start, image.pages, words(marked))
@@ -99,41 +99,6 @@ def _keep_few_repeats(table: RegionTable) -> None:
         for page, _ in table.repeats:
             mark(table.stored, page, 1)
         table.repeats.clear()
-
-
-def _maybe_not_zero(image: Image) -> Bitmap:
-    """The pages that a file of the chain has bytes for; to read all others would fill the memory.
-
-    (A hole of a file in memory gets a page as soon as it is read through a mapping.)
-    """
-    marked = set_bits(image.pages, [])
-    step: Image | None = image
-    while step is not None:
-        if step.changed is not None:
-            marked = bytearray(a | b for a, b in zip(marked, step.changed, strict=True))
-        else:
-            for first, count in data_pages(step.fd, step.offset, step.size):
-                mark(marked, first, count)
-        step = step.parent
-    return marked
-
-
-def data_pages(fd: int, offset: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where a part of a file has data (lseek(2), SEEK_DATA): the first page, and how many."""
-    at, end = offset, offset + size
-    while at < end:
-        try:
-            at = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole is left
-                return
-            raise
-        if at >= end:
-            return
-        after = min(os.lseek(fd, at, os.SEEK_HOLE), end)
-        first = (at - offset) // PAGE_SIZE
-        yield first, -(-(after - offset) // PAGE_SIZE) - first
-        at = after
 
 
 def _write_in_place(fd: int, image: Image, table: RegionTable) -> None:
