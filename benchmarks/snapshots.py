@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 
-from benchmarks import command, crowd, resets, spawns
+from benchmarks import command, crowd, mapping, resets, spawns
 
 __all__ = ["main"]
 
@@ -17,10 +17,12 @@ class Effort:
     spawns: int
     machines: int
     crowds: int
+    maps: int
+    inputs: int
 
 
-FULL = Effort(turns=3, resets=2000, spawns=25, machines=200, crowds=3)
-QUICK = Effort(turns=1, resets=50, spawns=3, machines=20, crowds=1)
+FULL = Effort(turns=3, resets=2000, spawns=25, machines=200, crowds=3, maps=7, inputs=500)
+QUICK = Effort(turns=1, resets=50, spawns=3, machines=20, crowds=1, maps=1, inputs=40)
 
 
 def steps(rounds: int, quick: bool) -> list[command.Step]:
@@ -31,6 +33,7 @@ def steps(rounds: int, quick: bool) -> list[command.Step]:
         ("spawns", lambda: spawns.measure_spawns(rounds, effort.spawns)),
         ("the pool", lambda: crowd.measure_pool(rounds, effort.spawns)),
         ("memory", lambda: crowd.measure_crowd(effort.crowds, effort.machines)),
+        ("two workers", lambda: [mapping.measure_mapping(effort.maps, effort.inputs)]),
     ]
 
 

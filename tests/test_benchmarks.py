@@ -77,7 +77,7 @@ def test_snapshots_are_measured_beside_c(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads(file.read_text())["rows"]
     bounds = [row["bound"] for row in rows if row["bound"] is not None]
-    assert bounds == [1.25] * 3 + [1.15] * 2 + [100] * 2 + [400]
+    assert bounds == [1.25] * 3 + [1.15] * 2 + [100] * 2 + [400, 1 / 1.7]
     assert all(row["figure"]["median"] > 0 for row in rows)
     (memory,) = (row for row in rows if row["bound"] == 400)
     assert memory["verdict"] == "met"
