@@ -22,8 +22,8 @@ from kvmpy.x86.paging import walk
 CAPACITY, MAP_SIZE, BATCH = 256, 4096, 64
 SOURCE = Path(__file__).with_name("fuzz_parser.c")
 FLAGS = shlex.split(
-    "gcc -std=c11 -O1 -ffreestanding -fno-pic -fno-stack-protector -fcf-protection=none "
-    "-fno-asynchronous-unwind-tables -mno-red-zone"
+    "gcc -std=c11 -O1 -Wall -Wextra -Werror -ffreestanding -fno-pic -fno-stack-protector "
+    "-fcf-protection=none -fno-asynchronous-unwind-tables -mno-red-zone"
 )
 LINK = shlex.split("-nostdlib -static -no-pie -Wl,--build-id=none -Wl,--defsym=kvmpy_base=0x200000")
 

@@ -61,9 +61,10 @@ class _Machine(Protocol):
 class Entropy:
     """Where generations come from: a number, and bytes, for each time that a guest is copied.
 
-    They are the host's (os.urandom) unless there is a `seed`: then they are the same whenever as
-    many generations were made before. Harnesses that share one of these have different ones. With
-    `fixed`, all generations are alike: for fuzzing, where an input has to do what it did before.
+    They are the host's (os.urandom) unless there is a `seed`: then the first generation that is
+    asked for is the same in every process, and so is the second. Harnesses that share one of these
+    never have the same one. With `fixed`, all generations are alike: for fuzzing, where an input
+    has to do what it did before.
     """
 
     def __init__(self, seed: int | None = None, *, fixed: bool = False) -> None:
@@ -86,9 +87,9 @@ class Harness:
     """The device by which a guest takes inputs, and tells what became of them.
 
     Attach it with `attach`, to the machine that makes itself ready, and then to those that are
-    made from its snapshot (`attach=harness.attach`). `buffer` and `buffer_size`, `coverage`
-    are what the guest said, `ready` whether it is. A run ends with the outcome "ready",
-    "ended" with the guest's status as its value, or "crash" with a code.
+    made from its snapshot (`attach=harness.attach`). `buffer`, `buffer_size` and `coverage` are
+    what the guest said, `ready` whether it is. A run ends with the outcome "ready", with "ended"
+    and the guest's status as its value, or with "crash" and a code.
 
     Each restore, reset and copy of a machine begins a generation: GENERATION reads as another
     number, and ENTROPY gives other bytes than those that any copy has had.
