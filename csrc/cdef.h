@@ -92,6 +92,7 @@ void kvmpy_unread(struct kvmpy_loop *loop);
 int kvmpy_finish(struct kvmpy_loop *loop);
 void kvmpy_kick(struct kvmpy_loop *loop);
 int kvmpy_unkick(struct kvmpy_loop *loop);
+void kvmpy_forget_end(struct kvmpy_loop *loop);
 void kvmpy_forget(struct kvmpy_loop *loop);
 uint64_t kvmpy_clock_cost(uint32_t pairs);
 uint64_t kvmpy_take(struct kvmpy_action *action, uint8_t *into, uint64_t limit);

@@ -249,7 +249,16 @@ void kvmpy_kick(struct kvmpy_loop *loop)
 /* Take back a kick that no run has answered yet: 1 if there was one. */
 int kvmpy_unkick(struct kvmpy_loop *loop)
 {
-    return (int)__atomic_exchange_n(&loop->stop, 0, __ATOMIC_SEQ_CST);
+    return __atomic_exchange_n(&loop->stop, 0, __ATOMIC_SEQ_CST) != 0;
+}
+
+/* What the machine was doing is undone: it ends no run any more. A kick that is not answered yet
+ * is for the next one. */
+void kvmpy_forget_end(struct kvmpy_loop *loop)
+{
+    uint32_t before = STOPPED_BEFORE;
+
+    __atomic_compare_exchange_n(&loop->stop, &before, 0, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
 
 /* KVM_RUN said EINTR: why? The flags are looked at after immediate_exit is cleared, so

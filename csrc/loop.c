@@ -397,7 +397,7 @@ void kvmpy_unread(struct kvmpy_loop *loop)
     if (loop->returned == KVMPY_EXIT)
         loop->held = 1;
     else if (loop->returned == KVMPY_STOPPED)
-        __atomic_store_n(&loop->stop, 1, __ATOMIC_SEQ_CST);
+        __atomic_store_n(&loop->stop, STOPPED_BEFORE, __ATOMIC_SEQ_CST);
     else if (loop->returned == KVMPY_ENDED)
         loop->element--;
     loop->returned = KVMPY_HEARTBEAT;

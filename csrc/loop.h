@@ -97,7 +97,7 @@ struct kvmpy_loop {
     int32_t returned;  /* what kvmpy_run() returned last */
     uint32_t handed_generation;
     uint32_t element;  /* index into a string instruction's data */
-    uint32_t stop;     /* set by kvmpy_kick() */
+    uint32_t stop;     /* set by kvmpy_kick(); STOPPED_BEFORE by kvmpy_unread() */
     uint32_t beat;     /* set by the signal handler */
     uint32_t last_range;
     uint64_t deadline_ns; /* CLOCK_MONOTONIC; 0: none */
@@ -109,6 +109,8 @@ struct kvmpy_loop {
     uint32_t ticking;         /* the timer was left running by kvmpy_pause() */
     timer_t timer;
 };
+
+#define STOPPED_BEFORE 2
 
 /* CLOCK_MONOTONIC, in ns. */
 static inline uint64_t kvmpy_clock(void)
@@ -129,6 +131,7 @@ void kvmpy_unread(struct kvmpy_loop *loop);
 int kvmpy_finish(struct kvmpy_loop *loop);
 void kvmpy_kick(struct kvmpy_loop *loop);
 int kvmpy_unkick(struct kvmpy_loop *loop);
+void kvmpy_forget_end(struct kvmpy_loop *loop);
 void kvmpy_forget(struct kvmpy_loop *loop);
 int kvmpy_interrupted(struct kvmpy_loop *loop);
 uint64_t kvmpy_clock_cost(uint32_t pairs);

@@ -79,6 +79,7 @@ static int settle(struct kvmpy_loop *loop)
 {
     int result;
 
+    kvmpy_forget_end(loop);
     if (loop->ring)
         loop->ring[0] = loop->ring[1]; /* what was posted is undone, too */
     loop->open = loop->awaiting = loop->held = 0;

@@ -258,6 +258,8 @@ class Copying(Running):
         self._at = snapshot
 
     def _forget_run(self) -> None:
+        for cpu in self._ends:  # a device has ended a run that a signal handler left before
+            lib.kvmpy_unkick(cpu.loop)
         self._ends.clear()
         if self._any_unclaimed:
             for unclaimed in self.dispatch.unclaimed.values():
@@ -333,6 +335,7 @@ def _stateful(dispatch: Dispatch) -> Iterator[tuple[str, Stateful]]:
 def _drop_exit(cpu: VCPU) -> None:
     """Finish the exit at hand without asking a device: what it does will be undone anyway."""
     loop = cpu.loop
+    lib.kvmpy_forget_end(loop)
     if loop.ring:
         loop.ring[0] = loop.ring[1]  # what was posted is undone, too
     loop.open = loop.awaiting = loop.held = 0
