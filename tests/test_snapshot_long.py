@@ -18,6 +18,7 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.slow
 def test_a_chain_of_a_thousand_increments() -> None:
     with machine_of(code(COUNTING), 0) as machine:
         kept = []
@@ -32,6 +33,7 @@ def test_a_chain_of_a_thousand_increments() -> None:
         assert kept[-1].diff(kept[-2]).pages == (DATA + 1099 % 7 * 4096,)
 
 
+@pytest.mark.slow
 def test_who_keeps_the_last_snapshot_only_keeps_few() -> None:
     with machine_of(code(COUNTING), 0) as machine:
         before = descriptors()
