@@ -13,7 +13,7 @@ ROOMS = (
     {"errors"},
     {"abi"},
     {"exits", "sizes", "capabilities", "access", "x86"},
-    {"memory", "bus", "modes"},
+    {"memory", "bus", "modes", "views"},
     {
         "calls",
         "counts",
