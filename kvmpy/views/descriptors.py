@@ -10,6 +10,7 @@ from typing import Final
 from kvmpy.views.formats import canonical_bits, is_canonical
 from kvmpy.views.linear import read_linear
 from kvmpy.views.pages import Read
+from kvmpy.views.show import Grid, Shown
 from kvmpy.x86.flags import CR0, EFER
 from kvmpy.x86.segments import DescriptorTable, Segment
 from kvmpy.x86.state import SpecialRegisters
@@ -67,9 +68,23 @@ class Descriptor:
     target: tuple[int, int] | None = None
     problem: str = ""
 
+    def row(self, before: int = 0) -> tuple[str, ...]:
+        """What a table shows of it, and of so many equal ones before it."""
+        place = f"{self.selector:#06x}"
+        if before:
+            place = f"{self.selector - 8 * before:#06x} to {place}"
+        base = limit = dpl = ""
+        if self.segment is not None:
+            base, limit = f"{self.segment.base:#x}", f"{self.segment.limit:#x}"
+            dpl = str(self.segment.dpl)
+        elif self.target is not None:
+            base = f"to {self.target[0]:#x}:{self.target[1]:#x}"
+            dpl = str(self.raw[5] >> 5 & 3)
+        return place, base, limit, self.kind, dpl, self.problem
+
 
 @dataclass(frozen=True, slots=True)
-class DescriptorView:
+class DescriptorView(Shown):
     """A GDT or LDT: where it is, its entries, and what is wrong with the table as a whole."""
 
     name: str
@@ -77,6 +92,24 @@ class DescriptorView:
     limit: int
     entries: tuple[Descriptor, ...]
     problem: str = ""
+
+    def grids(self) -> tuple[Grid, ...]:
+        """A row for each entry; one for a run of null ones."""
+        rows: list[tuple[str, ...]] = []
+        bad: set[int] = set()
+        nulls = 0
+        for one, after in zip(self.entries, (*self.entries[1:], None), strict=True):
+            if one.kind == "null" and after is not None and after.kind == "null":
+                nulls += 1
+                continue
+            if one.problem:
+                bad.add(len(rows))
+            rows.append(one.row(nulls))
+            nulls = 0
+        columns = ("selector", "base", "limit", "what it is", "dpl", "problem")
+        title = f"{self.name} at {self.base:#x}, limit {self.limit:#x}"
+        notes = (self.problem,) if self.problem else ()
+        return (Grid(title, columns, rows, notes, frozenset(bad)),)
 
 
 def segment_kind(segment: Segment, long_mode: bool) -> str:

@@ -10,6 +10,7 @@ from kvmpy.views.descriptors import Descriptor, look_up
 from kvmpy.views.formats import canonical_bits, is_canonical
 from kvmpy.views.linear import read_linear
 from kvmpy.views.pages import Read
+from kvmpy.views.show import Grid, Shown
 from kvmpy.x86.exceptions import EXCEPTIONS
 from kvmpy.x86.flags import CR0, EFER
 from kvmpy.x86.state import SpecialRegisters
@@ -47,9 +48,13 @@ class Gate:
     present: bool = False
     problem: str = ""
 
+    def key(self) -> tuple[object, ...]:
+        """All but the vector and the offset."""
+        return self.kind, self.selector, self.ist, self.dpl, self.present, self.problem
+
 
 @dataclass(frozen=True, slots=True)
-class GateView:
+class GateView(Shown):
     """The table of gates: where it is, its entries, and what is wrong with it as a whole."""
 
     name: str
@@ -57,6 +62,52 @@ class GateView:
     limit: int
     entries: tuple[Gate, ...]
     problem: str = ""
+
+    def grids(self) -> tuple[Grid, ...]:
+        """A row for each gate; one for a run of them that lead to evenly spaced handlers."""
+        rows: list[tuple[str, ...]] = []
+        bad: set[int] = set()
+        for run in _runs(self.entries):
+            first, last = run[0], run[-1]
+            if first.problem:
+                bad.add(len(rows))
+            step = run[1].offset - first.offset if len(run) > 1 else 0
+            where = f"{first.selector:#06x}:{first.offset:#x}"
+            if step:
+                where += f" and every {step:#x} on"
+            rows.append(
+                (
+                    str(first.vector) if first is last else f"{first.vector} to {last.vector}",
+                    first.name if first is last else "",
+                    first.kind,
+                    where if first.present else "",
+                    str(first.dpl),
+                    str(first.ist or ""),
+                    first.problem,
+                )
+            )
+        columns = ("vector", "", "what it is", "handler", "dpl", "ist", "problem")
+        title = f"{self.name} at {self.base:#x}, limit {self.limit:#x}"
+        notes = (self.problem,) if self.problem else ()
+        return (Grid(title, columns, rows, notes, frozenset(bad)),)
+
+
+def _runs(gates: tuple[Gate, ...]) -> list[list[Gate]]:
+    """Neighbours that differ in their offsets alone, by the same step; named vectors if broken."""
+    runs: list[list[Gate]] = []
+    for gate in gates:
+        run = runs[-1] if runs else []
+        named = (gate.name or (run and run[-1].name)) and not gate.problem
+        if (
+            not run
+            or named
+            or gate.key() != run[0].key()
+            or (len(run) > 1 and gate.offset - run[-1].offset != run[1].offset - run[0].offset)
+        ):
+            runs.append([gate])
+        else:
+            run.append(gate)
+    return runs
 
 
 def gate_at(read: Read, special: SpecialRegisters, vector: int) -> Gate:

@@ -11,6 +11,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 from kvmpy.errors import AddressError
 from kvmpy.views.formats import FORMATS, NO_PAGING, Format, is_canonical, paging_mode
+from kvmpy.views.show import Grid, Shown
 from kvmpy.x86.flags import CR0, CR4, EFER
 from kvmpy.x86.paging import PageFlags
 from kvmpy.x86.state import SpecialRegisters
@@ -52,7 +53,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class PageWalk:
+class PageWalk(Shown):
     """What a walk found for `access` to `linear` at ring `cpl`.
 
     `mode` is "no paging", "2-level", "PAE", "4-level" or "5-level"; `end` says how the walk ended.
@@ -77,6 +78,36 @@ class PageWalk:
     allowed: bool
     why: str
     error_code: int | None
+
+    def grids(self) -> tuple[Grid, ...]:
+        """A row for each level, and the verdict."""
+        rows = [
+            (
+                one.name,
+                str(one.index),
+                f"{one.address:#x}",
+                "-" if one.value is None else f"{one.value:#x}",
+                flag_words(one),
+                one.problem,
+            )
+            for one in self.entries
+        ]
+        bad = frozenset(at for at, one in enumerate(self.entries) if one.problem)
+        columns = ("table", "index", "entry at", "value", "flags", "problem")
+        where = "nowhere" if self.physical is None else f"physical {self.physical:#x}"
+        notes = [f"{self.linear:#x} leads {'to ' * (self.physical is not None)}{where}"]
+        if self.page_size:
+            rights = [
+                "writable" if self.writable else "read-only",
+                "user" if self.user else "supervisor",
+                "executable" if self.executable else "no-execute",
+            ]
+            notes[0] += f", in a page of {size_words(self.page_size)}: {', '.join(rights)}"
+        if self.physical is not None and not self.in_ram:
+            notes[0] += "; no RAM is there"
+        code = "" if self.error_code is None else f", error code {self.error_code:#x}"
+        notes.append(f"{self.access} at ring {self.cpl}: {self.why}{code}")
+        return (Grid(f"walk of {self.linear:#x}, {self.mode}", columns, rows, tuple(notes), bad),)
 
 
 def reader(source: Callable[[int, int], bytes]) -> Read:
@@ -232,3 +263,33 @@ class _Walker:
 
 def _bits(value: int) -> str:
     return ", ".join(str(bit) for bit in range(64) if value >> bit & 1)
+
+
+_LETTERS: Final = (
+    (1 << 0, "P"),
+    (_WRITE, "W"),
+    (_USER, "U"),
+    (1 << 3, "PWT"),
+    (1 << 4, "PCD"),
+    (1 << 5, "A"),
+    (1 << 6, "D"),
+    (1 << 8, "G"),
+    (_NX, "NX"),
+)
+
+
+def flag_words(entry: Entry) -> str:
+    """The flags of an entry by their letters (SDM Vol.3 tables 4-15 to 4-20)."""
+    value = entry.value or 0
+    if not value & _PRESENT:
+        return "not present" if entry.value is not None else ""
+    words = [word for bit, word in _LETTERS if value & bit]
+    return " ".join(words + ["PS"] * entry.large)
+
+
+def size_words(size: int) -> str:
+    """A page's or range's size in the largest unit that it is a multiple of."""
+    for shift, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size and not size & (1 << shift) - 1:
+            return f"{size >> shift} {unit}"
+    return f"{size} bytes"

@@ -10,6 +10,7 @@ from typing import Final
 from kvmpy.views.formats import canonical_bits, is_canonical
 from kvmpy.views.linear import read_linear
 from kvmpy.views.pages import Read
+from kvmpy.views.show import Grid, Shown
 from kvmpy.x86.flags import CR0, EFER
 from kvmpy.x86.state import SpecialRegisters
 
@@ -38,7 +39,7 @@ _16: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class TssView:
+class TssView(Shown):
     """The task state segment that TR leads to.
 
     `bits` is 64, 32, 16, or 0 where there is none; `fields` are its fields by name. `ports` are the
@@ -52,6 +53,18 @@ class TssView:
     fields: dict[str, int] = field(default_factory=dict)
     ports: tuple[tuple[int, int], ...] = ()
     problems: tuple[str, ...] = ()
+
+    def grids(self) -> tuple[Grid, ...]:
+        """The fields that are not zero, the open ports and the problems."""
+        rows = [(name, f"{value:#x}") for name, value in self.fields.items() if value]
+        notes = list(self.problems)
+        if self.fields:
+            shown = ", ".join(f"{a:#x}" if a == b else f"{a:#x}-{b:#x}" for a, b in self.ports[:16])
+            more = f" and {len(self.ports) - 16} more ranges" if len(self.ports) > 16 else ""
+            notes.append(f"ports open to rings above IOPL: {shown or 'none'}{more}")
+        kind = f"{self.bits}-bit TSS" if self.bits else "no TSS"
+        title = f"{kind}: TR {self.selector:#06x}, base {self.base:#x}, limit {self.limit:#x}"
+        return (Grid(title, ("field", "value"), rows, tuple(notes)),)
 
 
 def tss_view(read: Read, special: SpecialRegisters) -> TssView:
