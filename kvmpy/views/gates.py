@@ -98,15 +98,13 @@ def _runs(gates: tuple[Gate, ...]) -> list[list[Gate]]:
     for gate in gates:
         run = runs[-1] if runs else []
         named = (gate.name or (run and run[-1].name)) and not gate.problem
-        if (
-            not run
-            or named
-            or gate.key() != run[0].key()
-            or (len(run) > 1 and gate.offset - run[-1].offset != run[1].offset - run[0].offset)
-        ):
-            runs.append([gate])
-        else:
+        same = bool(run) and not named and gate.key() == run[0].key()
+        if same and len(run) > 1:
+            same = gate.offset - run[-1].offset == run[1].offset - run[0].offset
+        if same:
             run.append(gate)
+        else:
+            runs.append([gate])
     return runs
 
 
