@@ -20,6 +20,8 @@ from kvmpy.kvm import KVM, packed_cpuid
 from kvmpy.memory import PAGE_SIZE, AddressSpace
 from kvmpy.sizes import parse_size
 from kvmpy.snapshot import Config, Plan, Snapshot
+from kvmpy.viewing import Viewing
+from kvmpy.views.symbols import places
 
 __all__ = ["Machine"]
 
@@ -32,7 +34,7 @@ _F = TypeVar("_F", bound=AccessFunction)
 _Bytes = bytes | bytearray | memoryview
 
 
-class Machine(Copying, Attaching):
+class Machine(Copying, Attaching, Viewing):
     """A virtual machine that is ready to load a guest and run it; a context manager.
 
     `memory` is its RAM ("16M", or bytes): up to 3 GiB from address 0 on, the rest from 4 GiB.
@@ -101,6 +103,8 @@ class Machine(Copying, Attaching):
         self._console, self._input = Console(output), input
         self.entry: int | None = None
         """Where the guest starts; the first `load` sets it."""
+        self.symbols: dict[str, int] = {}
+        """The addresses of places in what was loaded, by the names that its source gives them."""
         super().__init__(strict=config.strict, posted=config.posted_console)
 
     def _standard(self) -> Dispatch:
@@ -227,21 +231,21 @@ class Machine(Copying, Attaching):
         if at is None and not hasattr(data, "origin"):
             address = modes.DEFAULT_LOAD[self.layout.mode]
         size = memoryview(data).nbytes
-        if address < self.layout.low_ram and address + size > self.layout.base:
-            raise self._does_not_fit(address, size)
+        self.layout.check_load(address, size)
         self.memory.write(address, data)
+        self.symbols |= places(getattr(data, "symbols", {}), address, size)
         if entry is not None or self.entry is None:
             self.set_entry(address if entry is None else entry)
 
     def load_image(self, image: Image) -> None:
         """Copy every segment of an image into RAM and start where it says (see `boot`)."""
         for segment in image.segments:
-            if segment.address < self.layout.low_ram and segment.end > self.layout.base:
-                raise self._does_not_fit(segment.address, segment.memory_size)
+            self.layout.check_load(segment.address, segment.memory_size)
             self.load(segment.data, segment.address, entry=image.entry)
             zeros = segment.memory_size - len(segment.data)
             if zeros:
                 self.memory.write(segment.address + len(segment.data), bytes(zeros))
+            self.symbols |= places(image.symbols, segment.address, segment.memory_size)
 
     def set_entry(self, entry: int) -> None:
         """Have every vCPU start at address `entry`, in the state of the machine's mode.
@@ -257,13 +261,6 @@ class Machine(Copying, Attaching):
             cpu.set_sregs(special)
             cpu.set_regs(registers)
         self.entry = entry
-
-    def _does_not_fit(self, address: int, size: int) -> AddressError:
-        return AddressError(
-            f"an image of {size} bytes at {address:#x} does not fit: the guest's RAM is "
-            f"[0x0, {self.layout.base:#x}), and kvmpy keeps its tables above that; "
-            "give the machine more memory or another address"
-        )
 
     # Closing --------------------------------------------------------------------------------
 

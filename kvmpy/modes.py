@@ -38,7 +38,7 @@ chapters are counted as in the editions of 2022 (paging 4, interrupts 6, tasks 8
 from dataclasses import dataclass
 from functools import lru_cache
 
-from kvmpy.errors import ConfigError
+from kvmpy.errors import AddressError, ConfigError
 from kvmpy.x86.area import Region, build_area
 from kvmpy.x86.flags import CR0, CR4, EFER
 from kvmpy.x86.paging import PAGE_1G, PAGE_4K, is_canonical
@@ -108,6 +108,15 @@ class Layout:
         if top < self.base:
             rows.append(Region(top, self.base, "guest"))
         return (*rows, *self.regions)
+
+    def check_load(self, address: int, size: int) -> None:
+        """Raise AddressError for an image that would cover what kvmpy keeps in low RAM."""
+        if address < self.low_ram and address + size > self.base:
+            raise AddressError(
+                f"an image of {size} bytes at {address:#x} does not fit: the guest's RAM is "
+                f"[0x0, {self.base:#x}), and kvmpy keeps its tables above that; "
+                "give the machine more memory or another address"
+            )
 
     def vector_at(self, rip: int) -> int | None:
         """Return the vector of the reporting stub that holds `rip`, None where none does."""

@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from kvmpy.errors import AddressError, ConfigError, SnapshotError
-from kvmpy.kvm import backend
+from kvmpy.kvm import backend, unpack_cpuid
 from kvmpy.snapshot.config import Config, Saved
 from kvmpy.snapshot.cpu import CpuState, VmState
 from kvmpy.snapshot.diff import Difference, difference
 from kvmpy.snapshot.host import check_host
 from kvmpy.snapshot.image import Image
+from kvmpy.x86.registers import Registers
+from kvmpy.x86.state import SpecialRegisters
 
 if TYPE_CHECKING:
     from kvmpy.snapshot.load import SnapshotFile
+    from kvmpy.views.state import StateView
 
 __all__ = ["Config", "Snapshot"]
 
@@ -146,6 +149,20 @@ class Snapshot:
                 start = address - image.address
                 return bytes(image.view()[start : start + length])
         raise AddressError(f"{length} bytes at address {address:#x} lie outside of the RAM")
+
+    @property
+    def view(self) -> "StateView":
+        """Views of the first vCPU and of memory: registers, tables, page walks, code, bytes."""
+        from kvmpy.views.pages import reader
+        from kvmpy.views.state import StateView, physical_bits
+
+        state = self.cpus[0]
+        return StateView(
+            reader(self.read),
+            Registers.unpack(state["REGS"]),
+            SpecialRegisters.unpack(state["SREGS"]),
+            bits=physical_bits(unpack_cpuid(state["CPUID2"])),
+        )
 
     def diff(self, other: "Snapshot") -> Difference:
         """What differs from here to another snapshot of the same kind of machine."""
