@@ -9,13 +9,14 @@ from typing import Any, Final, Self, TypeVar
 from kvmpy import modes
 from kvmpy.attaching import Attaching
 from kvmpy.boot.image import load_image
+from kvmpy.boot.placing import check_entry, place_image
 from kvmpy.boot.segments import Image
 from kvmpy.bus import AccessFunction, Device, FunctionDevice
 from kvmpy.console import Console
 from kvmpy.copying import Copying
 from kvmpy.devices import standard
 from kvmpy.dispatch import NO_ROUTES, Dispatch
-from kvmpy.errors import AddressError, ConfigError
+from kvmpy.errors import ConfigError
 from kvmpy.kvm import KVM, packed_cpuid
 from kvmpy.memory import PAGE_SIZE, AddressSpace
 from kvmpy.sizes import parse_size
@@ -23,7 +24,7 @@ from kvmpy.snapshot import Config, Plan, Snapshot
 from kvmpy.viewing import Viewing
 from kvmpy.views.symbols import places
 
-__all__ = ["Machine"]
+__all__ = ["EXTRA_RAM", "LOW_RAM_LIMIT", "Machine", "memory_size"]
 
 LOW_RAM_LIMIT: Final = 3 << 30
 EXTRA_RAM: Final = 4 << 30
@@ -64,7 +65,7 @@ class Machine(Copying, Attaching, Viewing):
         devices: bool = True,
         _origin: Snapshot | None = None,
     ) -> None:
-        size = _memory_size(memory)
+        size = memory_size(memory)
         low = min(size, LOW_RAM_LIMIT)
         if cpus < 1 or irqchip not in (None, "split", "full"):
             raise ConfigError(f"cpus={cpus}, irqchip={irqchip!r}: at least 1; None, split or full")
@@ -239,23 +240,17 @@ class Machine(Copying, Attaching, Viewing):
 
     def load_image(self, image: Image) -> None:
         """Copy every segment of an image into RAM and start where it says (see `boot`)."""
+        place_image(image, self.layout, self.memory)
         for segment in image.segments:
-            self.layout.check_load(segment.address, segment.memory_size)
-            self.load(segment.data, segment.address, entry=image.entry)
-            zeros = segment.memory_size - len(segment.data)
-            if zeros:
-                self.memory.write(segment.address + len(segment.data), bytes(zeros))
             self.symbols |= places(image.symbols, segment.address, segment.memory_size)
+        self.set_entry(image.entry)
 
     def set_entry(self, entry: int) -> None:
         """Have every vCPU start at address `entry`, in the state of the machine's mode.
 
         Raises AddressError for an address outside of RAM.
         """
-        try:
-            self.memory.read(entry, 1)
-        except AddressError as error:
-            raise AddressError(f"the entry {entry:#x} is no address of RAM: {error}") from None
+        check_entry(entry, self.memory)
         for cpu in self.cpus:
             registers, special = modes.entry_state(self.layout, entry, cpu.get_sregs())
             cpu.set_sregs(special)
@@ -295,7 +290,8 @@ class Machine(Copying, Attaching, Viewing):
         return f"<Machine {self.layout.mode} mode, ring {self.layout.ring}, {state}>"
 
 
-def _memory_size(memory: str | int) -> int:
+def memory_size(memory: str | int) -> int:
+    """The bytes of RAM that are meant; ConfigError where a machine cannot have so many."""
     size = parse_size(memory)
     if size % PAGE_SIZE:
         raise ConfigError(f"a memory of {size} bytes: give a multiple of 4096")

@@ -12,6 +12,8 @@ __all__ = ["cli"]
 
 VERBS: Final[Mapping[str, tuple[str, str]]] = {
     "run": ("kvmpy.cli.run", "Run a guest; its console is standard output."),
+    "step": ("kvmpy.cli.step", "Run a guest one instruction at a time, and say what each did."),
+    "explain": ("kvmpy.cli.explain", "Say what a file is taken for, and how it would start."),
     "snapshot": ("kvmpy.cli.snapshot", "Run a guest to a place and save it; info, diff."),
     "resume": ("kvmpy.cli.resume", "Go on with a guest that was saved."),
     "guests": ("kvmpy.cli.guests", "List the guests that come with kvmpy."),

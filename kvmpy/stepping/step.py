@@ -42,8 +42,8 @@ class Step(Shown):
     `address` is RIP before it, `linear` that through CS. `data` and `text` are the instruction's
     bytes and disassembly, empty where they could not be read or where `native` says that ring-3
     code ran on its own, through any number of instructions, up to the next exit. `changes` are
-    registers and flags. `exits` are those that the step gave, served already. `outcome` and
-    `detail` are as in `Result`, and empty unless the step was the guest's last one. `note` says in
+    registers and flags. `exits` are those that the step gave, served already. `outcome`,
+    `detail` and `value` are as in `Result`, and empty unless the step was the guest's last one. `note` says in
     words what is not as one would expect.
     """
 
@@ -61,6 +61,7 @@ class Step(Shown):
     exits: tuple[Exit, ...] = ()
     outcome: str = ""
     detail: str = ""
+    value: int | None = None
     note: str = ""
     native: bool = False
 
@@ -79,7 +80,9 @@ class Step(Shown):
         below = []
         if diff:
             below += [f"{c.name}: {c.before:#x} -> {c.after:#x}" for c in self.changes]
-        below += map(_memory_words, self.memory)
+        # Of operands that are a device's, the exits say it all.
+        there = (one for one in self.memory if not self.exits or one.before or one.after)
+        below += map(_memory_words, there)
         below += map(exit_words, self.exits)
         below += [self.note] if self.note else []
         below += map(str, self.transitions)
@@ -103,7 +106,8 @@ def _number(data: bytes | None) -> str:
         return "(no RAM)"
     if len(data) > _MOST_BYTES:
         return data[:_MOST_BYTES].hex(" ") + " ..."
-    return f"{int.from_bytes(data, 'little'):#x}"
+    words = (data[at : at + 8] for at in range(0, len(data), 8))
+    return ", ".join(f"{int.from_bytes(word, 'little'):#x}" for word in words)
 
 
 def exit_words(exit_: Exit) -> str:
@@ -115,9 +119,13 @@ def exit_words(exit_: Exit) -> str:
             letters = f" {text!r}" if text.isascii() and text.isprintable() and size == 1 else ""
             return f"exit: {shown}{letters} to port {port:#x}"
         case PortIn(port=port, size=size, count=count):
-            return f"exit: {size * count} bytes from port {port:#x}"
+            return f"exit: a read of {_bytes(size * count)} from port {port:#x}"
         case MmioWrite(address=address, data=data):
-            return f"exit: {_number(data)} to MMIO {address:#x}, {len(data)} bytes"
+            return f"exit: {_number(data)}, {_bytes(len(data))}, to MMIO {address:#x}"
         case MmioRead(address=address, size=size):
-            return f"exit: {size} bytes from MMIO {address:#x}"
+            return f"exit: a read of {_bytes(size)} from MMIO {address:#x}"
     return f"exit: {exit_}"
+
+
+def _bytes(count: int) -> str:
+    return "1 byte" if count == 1 else f"{count} bytes"

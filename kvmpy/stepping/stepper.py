@@ -37,7 +37,7 @@ from kvmpy.probe import probe
 from kvmpy.running import Running
 from kvmpy.serve import serve_one
 from kvmpy.stepping.changes import changes
-from kvmpy.stepping.exceptions import taken
+from kvmpy.stepping.exceptions import returns_to_ring3, taken
 from kvmpy.stepping.operands import operands, stack_operand, values, with_values
 from kvmpy.stepping.step import MemoryValue, Step
 from kvmpy.stepping.transitions import transitions
@@ -53,6 +53,8 @@ from kvmpy.x86.state import SpecialRegisters
 __all__ = ["trace_instructions"]
 
 _SERVED: Final = (PortIn, PortOut, MmioRead, MmioWrite, MsrRead, MsrWrite)
+_RING3: Final = "single-step-ring3"
+_NATIVE: Final = "ring 3 ran natively up to this exit, for it cannot be stepped here"
 _BOTH: Final = 3  # KVM_SYNC_X86_REGS, _SREGS
 
 
@@ -110,6 +112,7 @@ class _Stepper:
         self.served = False  # whether the last step was that of an exit to a device
         self.stepping = False
         self.outcome = self.detail = ""
+        self.value: int | None = None
 
     def steps(self, count: int | None, until: int | None) -> Iterator[Step]:
         before_sync = self.vcpu.sync_regs
@@ -135,7 +138,7 @@ class _Stepper:
             self.stepping = on
 
     def _step(self, number: int, before: _Moment) -> tuple[Step, _Moment]:
-        native = before.ring == 3 and probe("single-step-ring3").answer != "yes"
+        native = before.ring == 3 and not self._steps_ring3()
         self._debug(not native)
         instruction, data = (None, b"") if native else self._decode(before)
         mnemonic = instruction.mnemonic if instruction else ""
@@ -166,7 +169,10 @@ class _Stepper:
             exits=tuple(exits),
             outcome=self.outcome,
             detail=self.detail,
-            note=self._note(before, after, len(data), native),
+            value=self.value,
+            note=_NATIVE.format(probe(_RING3).detail)
+            if native
+            else self._note(before, after, mnemonic, len(data)),
             native=native,
         )
         return step, after
@@ -225,7 +231,8 @@ class _Stepper:
         """Note how the run ended, if it did."""
         ended = self.machine._ends.pop(self.vcpu, None)
         if ended is not None:
-            self.outcome, self.detail = ended[0], ended[1]
+            self.outcome, self.detail, value = ended
+            self.value = value if isinstance(value, int) else None
             return
         match last:
             case None | Debug():
@@ -243,11 +250,19 @@ class _Stepper:
             case _:
                 self.outcome = type(last).__name__
 
-    def _note(self, before: _Moment, after: _Moment, size: int, native: bool) -> str:
-        if native:
-            why = probe("single-step-ring3").detail
-            return f"ring 3 ran natively up to this exit, for it cannot be stepped here: {why}"
+    def _note(self, before: _Moment, after: _Moment, mnemonic: str, size: int) -> str:
         start, now = before.registers.rip, after.registers.rip
         if self.outcome or now in (start, start + size):
             return ""
-        return taken(self.read, before.registers, after.registers, after.special)
+        note = taken(self.read, before.registers, after.registers, after.special)
+        unseen = before.ring == after.ring == 0 and not self._steps_ring3()
+        if unseen and returns_to_ring3(self.read, mnemonic, before.registers, before.special):
+            unseen_text = f"ring 3 ran in this step, for it cannot be stepped here ({self._why()})"
+            note = f"{unseen_text}; {note}" if note else unseen_text
+        return note
+
+    def _steps_ring3(self) -> bool:
+        return probe(_RING3).answer == "yes"
+
+    def _why(self) -> str:
+        return probe(_RING3).detail
