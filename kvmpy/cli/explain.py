@@ -48,7 +48,7 @@ def explain(
 def _parts(image: Image, paper: Paper, count: int) -> Iterator[Shown]:
     view = paper.view
     yield _ImageView(image, paper.layout.ring)
-    yield memory_map(paper.ram, paper.layout, (), ())
+    yield memory_map(paper.ram, paper.layout)
     yield _Entry(view)
     yield view.segments()
     if count:

@@ -53,9 +53,8 @@ def step(
 ) -> int:
     """Step GUEST: each instruction, the registers, flags and memory that it changed, its exits.
 
-    What the guest prints is shown with the instruction that prints it. Exit status: as
-    `kvmpy run`'s, and 0 where the guest could go on; 2 bad input; 124 timeout; 125 the host failed, or cannot step; 126
-    the guest crashed; 130 Ctrl-C.
+    What the guest prints is shown with the instruction that prints it. Exit status: as that of
+    `kvmpy run`, and 0 where the guest could go on.
     """
     image = image_of(guest, mode, ring, load, entry)
     stop, first = _place(until, image), _place(start, image)

@@ -42,9 +42,9 @@ class Step(Shown):
     `address` is RIP before it, `linear` that through CS. `data` and `text` are the instruction's
     bytes and disassembly, empty where they could not be read or where `native` says that ring-3
     code ran on its own, through any number of instructions, up to the next exit. `changes` are
-    registers and flags. `exits` are those that the step gave, served already. `outcome`,
-    `detail` and `value` are as in `Result`, and empty unless the step was the guest's last one. `note` says in
-    words what is not as one would expect.
+    registers and flags. `exits` are those that the step gave, served already. `outcome`, `detail`
+    and `value` are as in `Result`, and empty unless the step was the guest's last one. `note` says
+    in words what is not as one would expect.
     """
 
     number: int

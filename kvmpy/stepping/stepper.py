@@ -170,7 +170,7 @@ class _Stepper:
             outcome=self.outcome,
             detail=self.detail,
             value=self.value,
-            note=_NATIVE.format(probe(_RING3).detail)
+            note=f"{_NATIVE} ({self._why()})"
             if native
             else self._note(before, after, mnemonic, len(data)),
             native=native,

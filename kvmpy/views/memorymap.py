@@ -20,7 +20,7 @@ class MemoryMapView(Shown):
     ram: tuple[Memory, ...]
     layout: tuple[Region, ...]
     mmio: tuple[Claim, ...]
-    ports: tuple[Claim, ...]
+    ports: tuple[Claim, ...] | None
 
     def grids(self) -> tuple[Grid, ...]:
         """Guest-physical addresses from 0 upwards, then ports."""
@@ -45,15 +45,16 @@ class MemoryMapView(Shown):
             for one in self.mmio
         ]  # fmt: skip
         rows.sort(key=lambda row: row[0])  # stable: a region comes before what is in it
-        ports = [(f"{one.base:#x}", f"{one.end - 1:#x}", one.name) for one in self.ports]
-        return (
-            Grid(
-                "guest-physical memory",
-                ("from", "to", "size", "what it is"),
-                [row[1:] for row in rows],
-            ),
-            Grid("ports", ("from", "to", "device"), ports, () if ports else ("no devices",)),
+        memory = Grid(
+            "guest-physical memory",
+            ("from", "to", "size", "what it is"),
+            [row[1:] for row in rows],
         )
+        if self.ports is None:
+            return (memory,)
+        ports = [(f"{one.base:#x}", f"{one.end - 1:#x}", one.name) for one in self.ports]
+        notes = () if ports else ("no devices",)
+        return (memory, Grid("ports", ("from", "to", "device"), ports, notes))
 
 
 def _slot(one: Memory) -> str:
@@ -66,8 +67,15 @@ def _slot(one: Memory) -> str:
 
 
 def memory_map(
-    ram: Iterable[Memory], layout: Layout | None, mmio: Iterable[Claim], ports: Iterable[Claim]
+    ram: Iterable[Memory],
+    layout: Layout | None,
+    mmio: Iterable[Claim] = (),
+    ports: Iterable[Claim] | None = None,
 ) -> MemoryMapView:
-    """The map of a VM whose low RAM is laid out as `layout` says, if it is kvmpy's."""
+    """The map of a VM whose low RAM is laid out as `layout` says, if it is kvmpy's.
+
+    `ports` are None where there are no devices to speak of, since nothing runs.
+    """
     parts = layout.describe() if layout is not None else ()
-    return MemoryMapView(tuple(ram), parts, tuple(mmio), tuple(ports))
+    claims = None if ports is None else tuple(ports)
+    return MemoryMapView(tuple(ram), parts, tuple(mmio), claims)
