@@ -45,6 +45,7 @@ def sampled_turn(exits: int) -> Iterator[Turn]:
         loop = made.cpus[0].loop
         room = ffi.new("uint64_t[]", 2 * exits)
         loop.samples, loop.sample_room = room, exits
+        loop.watch |= lib.KVMPY_SAMPLE
 
         def run(count: int) -> None:
             loop.sample_count = 0
@@ -53,6 +54,7 @@ def sampled_turn(exits: int) -> Iterator[Turn]:
         try:
             yield _turn(run, exits)
         finally:
+            loop.watch &= ~lib.KVMPY_SAMPLE
             loop.samples = ffi.NULL
 
 

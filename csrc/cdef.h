@@ -25,6 +25,8 @@
 
 #define KVMPY_REASONS ...
 #define KVMPY_MAX_ROWS ...
+#define KVMPY_SAMPLE ...
+#define KVMPY_RECORD ...
 
 struct kvmpy_action {
     uint32_t kind;
@@ -64,11 +66,13 @@ struct kvmpy_loop {
     uint64_t exits_left;
     uint64_t heartbeat_ns;
     uint32_t raw;
+    uint32_t watch;
 
     uint64_t *samples;
     uint64_t sample_room;
     uint64_t sample_count;
     uint64_t sample_dropped;
+    struct kvmpy_recorder *recorder;
 
     uint64_t value;
     uint64_t offset;
@@ -99,6 +103,61 @@ uint64_t kvmpy_take(struct kvmpy_action *action, uint8_t *into, uint64_t limit);
 
 int kvmpy_ioctl(int fd, unsigned long request, uintptr_t argument);
 int kvmpy_ioctl_buffer(int fd, unsigned long request, void *argument);
+
+/* csrc/record.h: the recorder. */
+#define KVMPY_BY_CALLER ...
+#define KVMPY_BY_C ...
+#define KVMPY_BY_PYTHON ...
+#define KVMPY_RECORD_WRITE ...
+#define KVMPY_RECORD_VALUE ...
+#define KVMPY_RECORD_RIP ...
+#define KVMPY_RECORD_FIRST ...
+#define KVMPY_TALLY_WRITE ...
+#define KVMPY_TALLY_SHIFT ...
+#define KVMPY_TALLIES ...
+#define KVMPY_WRAP ...
+#define KVMPY_STOP ...
+#define KVMPY_HAND ...
+
+struct kvmpy_record {
+    uint64_t number;
+    uint64_t entered;
+    uint64_t left;
+    uint64_t address;
+    uint64_t value;
+    uint64_t rip;
+    uint64_t digest;
+    uint32_t count;
+    uint8_t reason;
+    uint8_t size;
+    uint8_t level;
+    uint8_t flags;
+};
+
+struct kvmpy_tally {
+    uint64_t key;
+    uint64_t count;
+    uint64_t inside_ns;
+    uint64_t outside_ns;
+};
+
+struct kvmpy_recorder {
+    struct kvmpy_record *records;
+    uint64_t capacity;
+    uint64_t written;
+    uint64_t taken;
+    uint64_t dropped;
+    uint32_t when_full;
+    uint32_t detached;
+    uint64_t inside_ns;
+    uint64_t outside_ns;
+    uint64_t interrupted;
+    struct kvmpy_tally other;
+    struct kvmpy_tally tallies[...];
+    ...;
+};
+
+int kvmpy_map_twice(uint8_t *start, uint64_t size, int fd);
 
 /* csrc/calls.h: system calls as a list, timed. */
 #define KVMPY_CALL_IOCTL ...

@@ -9,7 +9,7 @@
  * a few times a second, so that Python runs its own signal handlers (Ctrl-C among them)
  * also when their signal came on another thread or just before KVM_RUN. */
 #define _GNU_SOURCE
-#include "loop.h"
+#include "record.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -169,6 +169,7 @@ void kvmpy_end(struct kvmpy_loop *loop)
         return;
     timer_settime(loop->timer, 0, &never, NULL);
     loop->ticking = 0;
+    kvmpy_record_end(loop);
     if (loop->was_blocked) {
         sigemptyset(&signals);
         sigaddset(&signals, loop->was_blocked);
@@ -216,6 +217,7 @@ void kvmpy_pause(struct kvmpy_loop *loop)
         kvmpy_end(loop);
         return;
     }
+    kvmpy_record_end(loop);
     innermost = loop->outer;
     __atomic_store_n(&loop->thread, 0, __ATOMIC_SEQ_CST);
     __atomic_store_n(&loop->running, 0, __ATOMIC_SEQ_CST);

@@ -1,5 +1,5 @@
 /* The hot loop: enter the guest, serve in C what has a route in C, hand over the rest. */
-#include "loop.h"
+#include "record.h"
 
 #include <errno.h>
 #include <string.h>
@@ -130,6 +130,8 @@ HOT int hand_over(struct kvmpy_loop *loop, const uint8_t *data, uint32_t size, i
 {
     loop->value = LIKELY(write) ? load(data, size) : ~0ull >> (64 - 8 * size);
     loop->awaiting = 1;
+    if (UNLIKELY(loop->watch & KVMPY_RECORD))
+        kvmpy_record_python(loop);
     return write ? KVMPY_WRITE : 0;
 }
 
@@ -293,28 +295,11 @@ uint64_t kvmpy_clock_cost(uint32_t pairs)
     return kvmpy_clock() - started;
 }
 
-/* KVM_RUN between two readings of the clock; one that a signal ended is no exit, and no sample. */
-static int enter_sampled(struct kvmpy_loop *loop)
+HOT int enter(struct kvmpy_loop *loop, int may_ask)
 {
-    uint64_t entered = kvmpy_clock();
+    if (UNLIKELY(loop->watch))
+        return kvmpy_enter_watched(loop, may_ask);
     int result = ioctl(loop->fd, KVM_RUN, 0);
-    uint64_t left = kvmpy_clock();
-
-    if (result < 0)
-        return result;
-    if (loop->sample_count < loop->sample_room) {
-        loop->samples[2 * loop->sample_count] = entered;
-        loop->samples[2 * loop->sample_count + 1] = left;
-        loop->sample_count++;
-    } else {
-        loop->sample_dropped++;
-    }
-    return result;
-}
-
-HOT int enter(struct kvmpy_loop *loop)
-{
-    int result = LIKELY(!loop->samples) ? ioctl(loop->fd, KVM_RUN, 0) : enter_sampled(loop);
     loop->entries++;
     return result < 0 ? -errno : 0;
 }
@@ -349,8 +334,8 @@ HOT int run_guest(struct kvmpy_loop *loop)
         if (UNLIKELY(!loop->exits_left))
             return KVMPY_MAX_EXITS;
 
-        int result = enter(loop);
-        if (UNLIKELY(result < 0)) {
+        int result = enter(loop, 1);
+        if (UNLIKELY(result)) {
             if (result == -EINTR) {
                 loop->incomplete = 0;
                 result = kvmpy_interrupted(loop);
@@ -430,7 +415,7 @@ int kvmpy_finish(struct kvmpy_loop *loop)
         }
 
         run->immediate_exit = 1;
-        int result = enter(loop);
+        int result = enter(loop, 0);
         __atomic_store_n(&run->immediate_exit, 0, __ATOMIC_SEQ_CST);
         if (__atomic_load_n(&loop->stop, __ATOMIC_SEQ_CST) ||
             __atomic_load_n(&loop->beat, __ATOMIC_SEQ_CST))

@@ -64,6 +64,11 @@ struct kvmpy_routes {
 
 #define KVMPY_REASONS 64
 
+#define KVMPY_SAMPLE 1
+#define KVMPY_RECORD 2
+
+struct kvmpy_recorder;
+
 struct kvmpy_loop {
     int fd;
     void *run; /* struct kvm_run, mapped by Python */
@@ -71,12 +76,14 @@ struct kvmpy_loop {
     uint32_t *ring; /* struct kvm_coalesced_mmio_ring, or NULL */
     uint64_t exits_left;
     uint64_t heartbeat_ns;
-    uint32_t raw; /* hand port and MMIO exits over whole, unserved */
+    uint32_t raw;   /* hand port and MMIO exits over whole, unserved */
+    uint32_t watch; /* KVMPY_SAMPLE, KVMPY_RECORD: what is to be done around KVM_RUN */
 
-    uint64_t *samples; /* pairs of CLOCK_MONOTONIC ns, at entry and exit; NULL: no sampling */
+    uint64_t *samples; /* pairs of CLOCK_MONOTONIC ns, at entry and exit */
     uint64_t sample_room;
     uint64_t sample_count;
     uint64_t sample_dropped; /* exits that found no room */
+    struct kvmpy_recorder *recorder; /* see record.h */
 
     uint64_t value;   /* of the access handed to Python: written, or to be read; of KVMPY_END */
     uint64_t offset;  /* MMIO: bytes from the start of the range */

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from kvmpy.abi import lib
+from kvmpy.bus import Claim
 from kvmpy.counts import ExitCounts
 from kvmpy.dispatch import Dispatch
 from kvmpy.errors import ConfigError, PendingExitError
@@ -22,6 +23,7 @@ from kvmpy.exits import (
 from kvmpy.modes import Layout
 from kvmpy.result import Result
 from kvmpy.serve import serve, serve_one, serve_posted
+from kvmpy.trace import Trace
 from kvmpy.vcpu import NO_LIMIT, VCPU, nanoseconds
 from kvmpy.vm import VM
 from kvmpy.x86.exceptions import GuestException, decode_exception
@@ -47,6 +49,7 @@ class Running:
     layout: Layout
     entry: int | None
     _dispatch: Dispatch | None = None
+    _trace: Trace | None = None
 
     def __init__(self, *, strict: bool, posted: bool) -> None:
         self._strict, self._posted = strict, posted
@@ -65,6 +68,16 @@ class Running:
     def cpus(self) -> list[VCPU]:
         """The vCPUs, in order."""
         return self.vm.vcpus
+
+    @property
+    def trace(self) -> Trace:
+        """The recorder of exits, off until `trace.start()`; see `kvmpy.trace`."""
+        if self._trace is None:
+            self._trace = Trace(self.cpus, self._claim)
+        return self._trace
+
+    def _claim(self, port: bool, address: int) -> Claim | None:
+        return (self.dispatch.ports if port else self.dispatch.mmio).find(address)
 
     def run(
         self, timeout: float | None = None, max_exits: int | None = None, cpu: int = 0
@@ -112,7 +125,7 @@ class Running:
         vcpu = self._ready(cpu)
         if self._posted:
             raise ConfigError("posted_console hides exits: make the machine without it to see them")
-        left = _exit_limit(max_exits)
+        left, drain = _exit_limit(max_exits), self._drain(vcpu)
         nanoseconds(timeout)  # refuse a bad one
         deadline = None if timeout is None else time.monotonic() + timeout
         while left:
@@ -124,6 +137,7 @@ class Running:
             finally:
                 self._watched.discard(vcpu)
             left -= 1
+            drain()
             yield exit_
             if self._ends.pop(vcpu, None) is not None or isinstance(exit_, _LAST):
                 return
@@ -145,7 +159,17 @@ class Running:
         return self.cpus[cpu]
 
     def _drain(self, vcpu: VCPU) -> Callable[[], None]:
-        return (lambda: serve_posted(vcpu, self.dispatch)) if self._posted else _nothing
+        trace = self._trace
+        if trace is None or trace.sink is None:
+            return (lambda: serve_posted(vcpu, self.dispatch)) if self._posted else _nothing
+        live = trace
+
+        def drain() -> None:
+            if self._posted:
+                serve_posted(vcpu, self.dispatch)
+            live.drain(vcpu)
+
+        return drain
 
     def _finish_exit(self, vcpu: VCPU) -> None:
         vcpu.loop.raw = False

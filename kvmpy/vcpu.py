@@ -63,6 +63,8 @@ class VCPU(VcpuRegisters):
         self._xsave_size = xsave_size
         self.finisher: Callable[[], None] | None = None
         """Serves what finishing an exit brings up; a machine sets it."""
+        self.keeps: list[object] = []
+        """Whatever the C loop has pointers to (a recorder, see `trace`)."""
         self.loop: Any = ffi.new("struct kvmpy_loop *")
         """The C loop's view of this vCPU (csrc/loop.h)."""
         self._counters = memoryview(ffi.buffer(ffi.addressof(self.loop, "exits")))

@@ -27,7 +27,7 @@ ROOMS = (
         "kvm",
     },
     {"devices", "asm"},
-    {"boot", "snapshot"},
+    {"boot", "snapshot", "trace"},
     {
         "console",
         "dispatch",

@@ -69,9 +69,11 @@ def test_the_sampler_keeps_each_exit_and_counts_what_finds_no_room() -> None:
         pairs = np.zeros((100, 2), np.uint64)
         with ffi.from_buffer("uint64_t[]", pairs, require_writable=True) as room:
             loop.samples, loop.sample_room = room, 60
+            loop.watch = lib.KVMPY_SAMPLE
             before = time.monotonic_ns()
             machine.run(max_exits=90, timeout=10)
             after = time.monotonic_ns()
+            loop.watch = 0
             loop.samples = ffi.NULL
             machine.run(max_exits=10, timeout=10)  # not sampled any more
         assert (loop.sample_count, loop.sample_dropped) == (60, 30)
@@ -91,7 +93,9 @@ def test_an_entry_that_a_signal_ends_is_no_sample() -> None:
         pairs = np.zeros((10, 2), np.uint64)
         with ffi.from_buffer("uint64_t[]", pairs, require_writable=True) as room:
             loop.samples, loop.sample_room = room, 10
+            loop.watch = lib.KVMPY_SAMPLE
             assert machine.run(timeout=0.05).outcome == "timeout"
+            loop.watch = 0
             loop.samples = ffi.NULL
         assert (loop.sample_count, loop.sample_dropped) == (0, 0)
         assert loop.entries > 2

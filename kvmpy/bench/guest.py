@@ -128,9 +128,11 @@ class GuestBench:
         with ffi.from_buffer("uint64_t[]", pairs, require_writable=True) as room:
             loop.samples, loop.sample_room = room, entries
             loop.sample_count = loop.sample_dropped = 0
+            loop.watch |= lib.KVMPY_SAMPLE
             try:
                 run()
             finally:
+                loop.watch &= ~lib.KVMPY_SAMPLE
                 loop.samples = ffi.NULL
         if loop.sample_dropped:
             found = loop.sample_count + loop.sample_dropped

@@ -8,6 +8,7 @@ reads 0xe9 from it knows that the console is there.
 from collections.abc import Callable
 
 from ..bus import ones
+from .words import moved
 
 __all__ = ["FIRMWARE_PORT", "PORT", "SIZE", "DebugConsole"]
 
@@ -38,3 +39,7 @@ class DebugConsole:
     def write(self, offset: int, size: int, value: int) -> None:
         """Give the lowest byte of `value` to the output."""
         self.output((value & 0xFF).to_bytes())
+
+    def describe(self, offset: int, size: int, value: int, write: bool) -> str:
+        """The access in words."""
+        return moved(value, size, write, letter=write)

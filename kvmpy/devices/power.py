@@ -7,6 +7,8 @@ to 12 means S5, soft off, on both.
 
 from collections.abc import Callable
 
+from .words import register
+
 __all__ = ["PORT", "SIZE", "PowerOff"]
 
 PORT = 0x604
@@ -31,3 +33,7 @@ class PowerOff:
         """Power off, where the write is the one that asks for it."""
         if offset == 0 and size == SIZE and value == _SLEEP_ENABLE:
             self.on_power_off()
+
+    def describe(self, offset: int, size: int, value: int, write: bool) -> str:
+        """The access in words."""
+        return register({0: "PM1a control"}, offset, size, value, write)

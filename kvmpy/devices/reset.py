@@ -8,6 +8,7 @@ register of Intel's chipsets (ICH9 data sheet, "RST_CNT - Reset Control Register
 from collections.abc import Callable
 
 from ..bus import ones
+from .words import moved
 
 __all__ = ["CONTROL_PORT", "KEYBOARD_PORT", "SIZE", "KeyboardReset", "ResetControl"]
 
@@ -44,6 +45,10 @@ class KeyboardReset:
         """Take a command."""
         if value & 0xF0 == _PULSE and not value & _PULSE_RESET_LINE:
             self.on_reset()
+
+    def describe(self, offset: int, size: int, value: int, write: bool) -> str:
+        """The access in words."""
+        return f"{'command' if write else 'status'} {moved(value, size, write)}"
 
 
 class ResetControl:

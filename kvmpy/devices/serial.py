@@ -18,6 +18,7 @@ from collections.abc import Callable
 from ..bus import ones
 from .receiver import FIFO_SIZE, Receiver
 from .state import packed, unpacked
+from .words import moved, register
 
 __all__ = ["PORT", "SIZE", "Serial16550A"]
 
@@ -84,6 +85,10 @@ class Serial16550A:
         """Append bytes for the guest to receive."""
         self._receiver.feed(data)
         self._update_line()
+
+    def describing(self) -> Callable[[int, int, int, bool], str]:
+        """Accesses in words, from a reset on; DLAB says what the first two registers are."""
+        return _Words().describe
 
     def save_state(self) -> bytes:
         """The registers and what waits to be received, as JSON."""
@@ -262,3 +267,25 @@ _REGISTERS = (  # by offset: how it is read, how it is written
     (Serial16550A._read_msr, Serial16550A._ignore),
     (Serial16550A._read_scr, Serial16550A._write_scr),
 )
+
+
+class _Words:
+    """Says in words what an access was: with DLAB set, offsets 0 and 1 are the divisor."""
+
+    def __init__(self) -> None:
+        self._dlab = False
+
+    def describe(self, offset: int, size: int, value: int, write: bool) -> str:
+        """One access, of those that come in the guest's order."""
+        if size == 1 and offset == 0 and not self._dlab:
+            return f"{'THR' if write else 'RBR'} {moved(value, size, write, letter=True)}"
+        names = _NAMES | (_WRITTEN if write else {}) | (_DIVISOR if self._dlab else {})
+        if write and offset <= _LCR < offset + size:
+            self._dlab = bool(value >> 8 * (_LCR - offset) & _LCR_DLAB)
+        return register(names, offset, size, value, write)
+
+
+_LCR = 3
+_NAMES = dict(enumerate(("RBR", "IER", "IIR", "LCR", "MCR", "LSR", "MSR", "SCR")))
+_WRITTEN = {0: "THR", 2: "FCR"}
+_DIVISOR = {0: "DLL", 1: "DLM"}
