@@ -11,7 +11,7 @@ enum { KVMPY_BY_CALLER, KVMPY_BY_C, KVMPY_BY_PYTHON };
 #define KVMPY_RECORD_WRITE 1 /* the guest wrote `value` */
 #define KVMPY_RECORD_VALUE 2 /* `value` and `digest` are known: of a read, once it is answered */
 #define KVMPY_RECORD_RIP 4   /* `rip` is known (KVM_CAP_SYNC_REGS) */
-#define KVMPY_RECORD_FIRST 8 /* of a run: what came before `entered` was no serving of an exit */
+#define KVMPY_RECORD_FIRST 8 /* what came before `entered` was no serving of an exit: of a run */
 
 struct kvmpy_record {
     uint64_t number;  /* of this vCPU's records before it, dropped ones included */

@@ -73,10 +73,11 @@ class Running:
     def trace(self) -> Trace:
         """The recorder of exits, off until `trace.start()`; see `kvmpy.trace`."""
         if self._trace is None:
-            self._trace = Trace(self.cpus, self._claim)
+            self._trace = Trace(self.cpus, self.claim_at)
         return self._trace
 
-    def _claim(self, port: bool, address: int) -> Claim | None:
+    def claim_at(self, port: bool, address: int) -> Claim | None:
+        """Which device answers at a port, or at a guest-physical address; None for nobody."""
         return (self.dispatch.ports if port else self.dispatch.mmio).find(address)
 
     def run(

@@ -10,10 +10,14 @@ __all__ = ["Stats"]
 
 _HEADER = struct.Struct("<6I")  # flags, name_size, num_desc, id_offset, desc_offset, data_offset
 _DESCRIPTOR = struct.Struct("<IhHII")  # flags, exponent, size, offset, bucket_size
+_TYPE, _INSTANT, _PEAK = 0xF, 1, 2  # KVM_STATS_TYPE_*
 
 
 class Stats(Descriptor):
     """The statistics descriptor of a VM or vCPU. The names are read once; `read` is one call."""
+
+    levels: frozenset[str]
+    """Those that are no counts of events: a value of the moment, or the highest so far."""
 
     def __init__(self, owner: int, what: str) -> None:
         super().__init__(ioctl(owner, "GET_STATS_FD"), f"the statistics of {what}")
@@ -28,12 +32,15 @@ class Stats(Descriptor):
         _, name_size, count, _, desc_offset, data_offset = _HEADER.unpack(header)
         step = _DESCRIPTOR.size + name_size
         table = os.pread(self.fd, step * count, desc_offset)
-        names, size = [], 0
+        names, size, levels = [], 0, set()
         for at in range(0, step * count, step):
-            _, _, values, offset, _ = _DESCRIPTOR.unpack_from(table, at)
+            flags, _, values, offset, _ = _DESCRIPTOR.unpack_from(table, at)
             name = table[at + _DESCRIPTOR.size : at + step].partition(b"\0")[0].decode()
             names.append((name, offset, values))
+            if flags & _TYPE in (_INSTANT, _PEAK):
+                levels.add(name)
             size = max(size, offset + 8 * values)
+        self.levels = frozenset(levels)
         return names, data_offset, size
 
     def read(self) -> dict[str, int | tuple[int, ...]]:

@@ -1,6 +1,6 @@
 """Types of options that several verbs have."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -8,7 +8,7 @@ import click
 from kvmpy.errors import ConfigError
 from kvmpy.sizes import parse_address, parse_size
 
-__all__ = ["ADDRESS", "SIZE"]
+__all__ = ["ADDRESS", "SIZE", "VerbsOfGuest"]
 
 
 class _Parsed(click.ParamType[int]):
@@ -28,3 +28,22 @@ class _Parsed(click.ParamType[int]):
 
 ADDRESS = _Parsed("address", parse_address)
 SIZE = _Parsed("size", parse_size)
+
+
+class VerbsOfGuest(click.Group):
+    """Its commands win over a guest of that name; anything else is a guest for `default`."""
+
+    def __init__(self, *args: Any, default: str, usage: Sequence[str], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.default, self.usage = default, usage
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the default before a guest."""
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a line for each way to use it."""
+        for line in self.usage:
+            formatter.write_usage(ctx.command_path, line)

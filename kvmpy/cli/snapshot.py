@@ -6,6 +6,7 @@ from typing import Final
 import click
 
 from kvmpy.cli import BAD_INPUT, complain
+from kvmpy.cli.options import VerbsOfGuest
 from kvmpy.cli.run import (
     CRASHED,
     INPUT,
@@ -29,21 +30,11 @@ _TAKE: Final = "take"
 _FILE: Final = click.Path(path_type=Path)
 
 
-class _Verbs(click.Group):
-    """`info` and `diff` win over a guest of that name; anything else is a guest to save."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
-            args = [_TAKE, *args]
-        return super().parse_args(ctx, args)
-
-    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write_usage(ctx.command_path, "GUEST --at PLACE --out FILE [OPTIONS]")
-        formatter.write_usage(ctx.command_path, "info FILE...")
-        formatter.write_usage(ctx.command_path, "diff FILE FILE")
-
-
-@click.group(cls=_Verbs)
+@click.group(
+    cls=VerbsOfGuest,
+    default=_TAKE,
+    usage=("GUEST --at PLACE --out FILE [OPTIONS]", "info FILE...", "diff FILE FILE"),
+)
 def snapshot() -> None:
     """Run GUEST to a place and save all of the machine there, for `kvmpy resume`."""
 

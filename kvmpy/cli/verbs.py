@@ -16,6 +16,8 @@ VERBS: Final[Mapping[str, tuple[str, str]]] = {
     "explain": ("kvmpy.cli.explain", "Say what a file is taken for, and how it would start."),
     "snapshot": ("kvmpy.cli.snapshot", "Run a guest to a place and save it; info, diff."),
     "resume": ("kvmpy.cli.resume", "Go on with a guest that was saved."),
+    "trace": ("kvmpy.cli.trace", "Run a guest and show each exit as it happens; diff."),
+    "stat": ("kvmpy.cli.stat", "Run a guest and count: exits, time, KVM's own statistics."),
     "guests": ("kvmpy.cli.guests", "List the guests that come with kvmpy."),
     "bench": ("kvmpy.cli.bench", "Measure what exits cost, with percentiles."),
     "asm": ("kvmpy.cli.asm", "Assemble a source: addresses and bytes beside the text."),

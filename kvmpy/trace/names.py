@@ -9,7 +9,7 @@ from kvmpy.devices.ports import known_port
 from kvmpy.devices.words import moved
 from kvmpy.trace.record import LEVELS, Raw, Record
 
-__all__ = ["Describe", "Find", "Names"]
+__all__ = ["Describe", "Find", "Names", "name_of"]
 
 Find: TypeAlias = Callable[[bool, int], Claim | None]
 """Who claims an address: of a port (True) or of guest-physical memory."""
@@ -20,6 +20,17 @@ Describe: TypeAlias = Callable[[int, int, int, bool], str]
 _IO, _MMIO = 2, 6
 _ADDRESSED = frozenset((_IO, 3, 4, _MMIO, 29, 30))  # hypercall, debug and MSR exits, too
 _VALUES = {17: "suberror", 9: "hardware reason", 24: "type"}
+
+
+def name_of(find: Find, kind: str, address: int) -> str:
+    """What is at the address of port and MMIO exits; "" for other kinds."""
+    port = kind.startswith("port-")
+    if not port and not kind.startswith("mmio-"):
+        return ""
+    claim = find(port, address)
+    if claim is None:
+        return (known_port(address) if port else "") or "nobody"
+    return f"{claim.name} +{address - claim.base:#x}" if claim.size > 1 else claim.name
 
 
 class Names:

@@ -99,7 +99,8 @@ class Record(NamedTuple):
     level: str
     """Who served it: "C", "Python", "nobody", or "caller" where `run` or `exits` handed it out."""
     starts: bool
-    """Whether it is the first of a run: what lies before `entered` is not the loop's."""
+    """Whether the time before `entered` is not the loop's: it is a run's first record, or a sink
+    was given records meanwhile."""
     device: str
     """The name of the device there, "" where there is none."""
     text: str

@@ -14,8 +14,8 @@ from kvmpy.trace.record import INTERRUPTED, Record
 __all__ = ["PLACES", "Followed", "Summary", "followed", "place_of"]
 
 IN_KVM_RUN: Final = "in KVM_RUN"
-PLACES: Final = (IN_KVM_RUN, "C loop", "Python device", "signals", "caller, between runs")
-"""Where time is spent."""
+PLACES: Final = (IN_KVM_RUN, "C loop", "Python device", "signals", "caller, or tracing")
+"""Where time is spent. The last is the time between runs, and that of giving records to a sink."""
 
 _PLACE: Final = {"C": "C loop", "Python": "Python device", "nobody": "Python device"}
 
@@ -24,13 +24,13 @@ def place_of(record: Record) -> str:
     """Where the time from this exit to the next entry is spent."""
     if record.kind == INTERRUPTED:
         return "signals"
-    return _PLACE.get(record.level, "caller, between runs")
+    return _PLACE.get(record.level, "caller, or tracing")
 
 
 class Followed:
     """Finds out of records, in order, how long it took from each to the next entry.
 
-    None where nothing tells: of the last one, before a gap, and where a run ended.
+    None where nothing tells: of the last one, before a gap, and before a record that `starts`.
     """
 
     def __init__(self) -> None:

@@ -54,7 +54,7 @@ def svg(records: Iterable[Record], summary: Summary) -> str:
             row.spend(place_of(record), record.left, record.left + outside)
     parts = [
         f'<svg viewBox="0 0 {_LEFT + _WIDTH} {_STEP * len(rows) + 20}" role="img" '
-        'aria-label="timeline" xmlns="http://www.w3.org/2000/svg">'
+        'aria-label="timeline" shape-rendering="crispEdges" xmlns="http://www.w3.org/2000/svg">'
     ]
     for index, (cpu, row) in enumerate(sorted(rows.items())):
         top = index * _STEP + 5

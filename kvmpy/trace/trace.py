@@ -79,10 +79,11 @@ class Trace(Sequence[Record]):
         """Record no more; what there is stays, and the sink gets the rest of it."""
         for cpu in self._cpus:
             cpu.loop.watch &= ~lib.KVMPY_RECORD
-        if self.sink is not None:
+        try:
             for cpu in self._cpus:
                 self.drain(cpu, everything=True)
-        self.sink = None
+        finally:
+            self.sink = None
 
     def clear(self) -> None:
         """Forget all records and counts; views keep what they show."""
@@ -118,6 +119,7 @@ class Trace(Sequence[Record]):
         at = self._cpus.index(cpu)
         names, ring = self._names[at], self.rings[at]
         for raw in ring.take(everything=everything):
+            ring.recorder.detached = 1  # the time that this takes is no device's
             self.sink(names.record(cpu.index, raw))
 
     # Reading ------------------------------------------------------------------------------
