@@ -14,7 +14,15 @@ from kvmpy.devices.native import Sink
 from kvmpy.serve import serve
 from kvmpy.vcpuregs import SYNC_REGS
 
-__all__ = ["GUEST", "measure_exits", "measure_noop", "measure_threads"]
+__all__ = [
+    "GUEST",
+    "kvmpy_turn",
+    "machine",
+    "measure_exits",
+    "measure_noop",
+    "measure_threads",
+    "turn",
+]
 
 PORT = 0x42
 MEMORY = 4 << 20
@@ -52,13 +60,13 @@ def sampled_turn(exits: int) -> Iterator[Turn]:
             made.run(max_exits=count)
 
         try:
-            yield _turn(run, exits)
+            yield turn(run, exits)
         finally:
             loop.watch &= ~lib.KVMPY_SAMPLE
             loop.samples = ffi.NULL
 
 
-def _turn(run: Callable[[int], Any], exits: int) -> Turn:
+def turn(run: Callable[[int], Any], exits: int) -> Turn:
     """A turn that gives nanoseconds per exit, warmed up by a short run of its own."""
 
     def timed() -> float:
@@ -77,13 +85,13 @@ def _runner(made: Machine) -> Callable[[int], Any]:
 @contextmanager
 def kvmpy_turn(served_in_c: bool, exits: int) -> Iterator[Turn]:
     with machine(served_in_c) as made:
-        yield _turn(_runner(made), exits)
+        yield turn(_runner(made), exits)
 
 
 @contextmanager
 def floor_turn(guest: Guest, exits: int) -> Iterator[Turn]:
     with guest.open() as made:
-        yield _turn(made.run, exits)
+        yield turn(made.run, exits)
 
 
 def measure_exits(rounds: int, turns: int, exits: int) -> list[Row]:
@@ -126,7 +134,7 @@ def noop_turn(step: Callable[[Any], int], exits: int) -> Iterator[Turn]:
             finally:
                 lib.kvmpy_end(loop)
 
-        yield _turn(run, exits)
+        yield turn(run, exits)
 
 
 def measure_noop(rounds: int, turns: int, exits: int) -> list[Row]:
@@ -141,11 +149,11 @@ def _on_two_threads(runs: list[Callable[[int], Any]], exits: int) -> float:
     start = threading.Barrier(len(runs))
     taken: list[float] = []
 
-    def work(turn: Turn) -> None:
+    def work(timed: Turn) -> None:
         start.wait()
-        taken.append(turn())
+        taken.append(timed())
 
-    threads = [threading.Thread(target=work, args=(_turn(run, exits),)) for run in runs]
+    threads = [threading.Thread(target=work, args=(turn(run, exits),)) for run in runs]
     for thread in threads:
         thread.start()
     for thread in threads:

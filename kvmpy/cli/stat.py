@@ -81,7 +81,7 @@ def stat(
         before = reader.read()
         with _Ticking(reader, stats.levels, interval, printer.interval):
             status = run_machine(machine, report, timeout, max_exits)
-        printer.total(machine, image.name, status, reader.read().since(before, stats.levels), stats)
+        printer.total(machine, guest, status, reader.read().since(before, stats.levels), stats)
     return status
 
 

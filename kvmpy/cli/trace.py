@@ -47,7 +47,7 @@ def trace() -> None:
 @TIMEOUT
 @MAX_EXITS
 @click.option("--out", type=_FILE, metavar="FILE",
-              help="Write it there: .txt, .jsonl, .json (for ui.perfetto.dev) or .html.")  # fmt: skip
+              help="Write it to a .txt, .jsonl, .json (ui.perfetto.dev) or .html.")  # fmt: skip
 @REPORT
 def guest(
     *,
