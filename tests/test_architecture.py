@@ -45,7 +45,7 @@ ROOMS = (
         "probeguests",
     },
     {"pytest", "repeat", "spares", "coverage"},
-    {"bench", "pool"},
+    {"bench", "labs", "pool"},
     {"cli"},
     {"__main__", "__init__"},
 )

@@ -19,6 +19,7 @@ VERBS: Final[Mapping[str, tuple[str, str]]] = {
     "trace": ("kvmpy.cli.trace", "Run a guest and show each exit as it happens; diff."),
     "stat": ("kvmpy.cli.stat", "Run a guest and count: exits, time, KVM's own statistics."),
     "guests": ("kvmpy.cli.guests", "List the guests that come with kvmpy."),
+    "lab": ("kvmpy.cli.lab", "List the exercises of the pages in docs/, and check your guest."),
     "bench": ("kvmpy.cli.bench", "Measure what exits cost, with percentiles."),
     "asm": ("kvmpy.cli.asm", "Assemble a source: addresses and bytes beside the text."),
     "info": ("kvmpy.cli.info", "Say what this host's KVM is and what it can do."),
