@@ -67,7 +67,7 @@ class _ImageView(Shown):
         """Its segments, and the words for the rest."""
         image = self.image
         notes = [
-            f"taken for {_KINDS.get(image.kind, image.kind)}: {image.why}",
+            f"taken for {_KINDS.get(image.kind, image.kind)} ({image.why})",
             f"starts in {image.mode} mode, ring {self.ring}, at {image.entry:#x}",
         ]
         rows = [

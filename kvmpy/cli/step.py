@@ -15,6 +15,7 @@ from kvmpy.machine import Machine
 from kvmpy.result import CRASHES, OUTCOMES
 from kvmpy.sizes import parse_address
 from kvmpy.stepping.step import Step
+from kvmpy.views.show import clean
 from kvmpy.views.symbols import places
 
 __all__ = ["step"]
@@ -99,7 +100,7 @@ def _show(
             click.echo(now)
             mode = now
         for line in last.lines(diff):
-            click.echo(line)
+            click.echo(clean(line))
         shown += 1
         if shown == count:
             return last, False

@@ -17,18 +17,33 @@ __all__ = ["returns_to_ring3", "taken"]
 _FRAME: Final = {"iret": 2, "iretd": 4, "iretq": 8}
 
 
-def taken(read: Read, before: Registers, after: Registers, special: SpecialRegisters) -> str:
-    """A sentence if RIP is at, or one instruction into, a handler; empty otherwise."""
-    if before.rsp == after.rsp:  # the processor has pushed nothing
+def taken(
+    read: Read, mnemonic: str, before: Registers, after: Registers, special: SpecialRegisters
+) -> str:
+    """A sentence if RIP is at, or one instruction into, a handler; empty otherwise.
+
+    `special` are the registers after the step.
+    """
+    if before.rsp == after.rsp or mnemonic == "call":  # pushed nothing, or no more than RIP
         return ""
+    found = []
     for vector in _near(read, special, after.rip):
         gate = gate_at(read, special, vector)
         if gate.present and gate.selector & ~3 == special.cs.selector & ~3:
-            name, words = EXCEPTIONS.get(vector, (f"vector {vector}", "interrupt"))
-            text = f"{name} ({words}) was taken: its handler is at {gate.offset:#x}"
-            inside = after.rip != gate.offset
-            return text + (", and its first instruction is in this step" if inside else "")
-    return ""
+            found.append(gate)
+    if not found:
+        return ""
+    first = max(found, key=lambda gate: gate.offset)
+    same = [gate for gate in found if gate.offset == first.offset]
+    if len(same) > 1:
+        what = "an exception or interrupt"
+    else:
+        what = "{} ({})".format(
+            *EXCEPTIONS.get(first.vector, (f"vector {first.vector}", "interrupt"))
+        )
+    text = f"{what} was taken: its handler is at {first.offset:#x}"
+    inside = after.rip != first.offset
+    return text + (", and its first instruction is in this step" if inside else "")
 
 
 def _near(read: Read, special: SpecialRegisters, rip: int) -> Iterator[int]:

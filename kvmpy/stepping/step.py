@@ -3,7 +3,16 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvmpy.exits import Exit, MmioRead, MmioWrite, PortIn, PortOut
+from kvmpy.exits import (
+    Exit,
+    Halt,
+    InternalError,
+    MmioRead,
+    MmioWrite,
+    PortIn,
+    PortOut,
+    Shutdown,
+)
 from kvmpy.stepping.transitions import Transition
 from kvmpy.views.cpumode import CpuMode
 from kvmpy.views.show import Grid, Shown
@@ -124,6 +133,12 @@ def exit_words(exit_: Exit) -> str:
             return f"exit: {_number(data)}, {_bytes(len(data))}, to MMIO {address:#x}"
         case MmioRead(address=address, size=size):
             return f"exit: a read of {_bytes(size)} from MMIO {address:#x}"
+        case Halt():
+            return "exit: HLT"
+        case Shutdown():
+            return "exit: shutdown, of a triple fault"
+        case InternalError(instruction=code):
+            return f"exit: KVM could not go on, {exit_.reason}: {code.hex(' ')}".rstrip(": ")
     return f"exit: {exit_}"
 
 

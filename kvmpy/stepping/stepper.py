@@ -254,7 +254,7 @@ class _Stepper:
         start, now = before.registers.rip, after.registers.rip
         if self.outcome or now in (start, start + size):
             return ""
-        note = taken(self.read, before.registers, after.registers, after.special)
+        note = taken(self.read, mnemonic, before.registers, after.registers, after.special)
         unseen = before.ring == after.ring == 0 and not self._steps_ring3()
         if unseen and returns_to_ring3(self.read, mnemonic, before.registers, before.special):
             unseen_text = f"ring 3 ran in this step, for it cannot be stepped here ({self._why()})"

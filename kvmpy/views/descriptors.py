@@ -98,8 +98,9 @@ class DescriptorView(Shown):
         rows: list[tuple[str, ...]] = []
         bad: set[int] = set()
         nulls = 0
-        for one, after in zip(self.entries, (*self.entries[1:], None), strict=True):
-            if one.kind == "null" and after is not None and after.kind == "null":
+        for at, one in enumerate(self.entries):
+            after = self.entries[at + 1 : at + 2]
+            if one.kind == "null" and after and after[0].kind == "null":
                 nulls += 1
                 continue
             if one.problem:

@@ -58,7 +58,7 @@ def _plain(grid: Grid) -> str:
     rows = [[clean(cell) for cell in row] for row in grid.rows]
     lines = [clean(grid.title)] if grid.title else []
     if rows:
-        table = [list(grid.columns), *rows] if any(grid.columns) else rows
+        table = [[clean(name) for name in grid.columns], *rows] if any(grid.columns) else rows
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
     return "\n".join(lines + [f"  {clean(note)}" for note in grid.notes])
@@ -75,7 +75,7 @@ def _rich(grid: Grid) -> "RenderableType":
     if grid.rows:
         table = Table(box=box.SIMPLE_HEAD, show_header=any(grid.columns))
         for name in grid.columns:
-            table.add_column(name)
+            table.add_column(Text(clean(name)))
         for number, row in enumerate(grid.rows):
             cells = [Text(clean(cell)) for cell in row]
             table.add_row(*cells, style="red" if number in grid.bad else None)
