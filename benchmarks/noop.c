@@ -10,6 +10,7 @@ static inline int noop_ioctl(int fd, unsigned long request, uintptr_t argument)
 
 #define ioctl noop_ioctl
 #include "loop.c"
+#include "record.c"
 
 #include "floor.h"
 

@@ -137,8 +137,8 @@ struct kvmpy_record {
 struct kvmpy_tally {
     uint64_t key;
     uint64_t count;
-    uint64_t inside_ns;
-    uint64_t outside_ns;
+    uint64_t inside;
+    uint64_t outside;
 };
 
 struct kvmpy_recorder {
@@ -149,14 +149,16 @@ struct kvmpy_recorder {
     uint64_t dropped;
     uint32_t when_full;
     uint32_t detached;
-    uint64_t inside_ns;
-    uint64_t outside_ns;
+    uint32_t ticks;
+    uint64_t inside;
+    uint64_t outside;
     uint64_t interrupted;
     struct kvmpy_tally other;
     struct kvmpy_tally tallies[...];
     ...;
 };
 
+uint64_t kvmpy_ticks(void);
 int kvmpy_map_twice(uint8_t *start, uint64_t size, int fd);
 
 /* csrc/calls.h: system calls as a list, timed. */

@@ -138,63 +138,64 @@ static void describe(struct kvmpy_record *record, const struct kvm_run *run)
         fill_value(record, run);
 }
 
-static void tally(struct kvmpy_recorder *recorder, const struct kvmpy_record *record)
+/* Port exits first: they are the most, and KVM_RUN leaves the branch predictors cold. */
+static inline uint64_t key_of(const struct kvm_run *run)
 {
-    uint64_t key = KVMPY_TALLY | (uint64_t)(record->reason & 63) << KVMPY_TALLY_SHIFT |
-                   (record->flags & KVMPY_RECORD_WRITE ? KVMPY_TALLY_WRITE : 0) |
-                   (record->reason == KVM_EXIT_DEBUG ? 0 : record->address & ((1ull << 52) - 1));
-    struct kvmpy_tally *found = recorder->last;
+    uint64_t key = KVMPY_TALLY | (uint64_t)(run->exit_reason & 63) << KVMPY_TALLY_SHIFT;
 
-    if (!found || found->key != key) {
-        uint64_t at = key * 0x9e3779b97f4a7c15 >> 52;
-        found = &recorder->other;
-        for (uint32_t tries = 0; tries < 64; tries++, at++) {
-            struct kvmpy_tally *here = &recorder->tallies[at % KVMPY_TALLIES];
-            if (here->key == key || !here->key) {
-                found = here;
-                found->key = key;
-                break;
-            }
-        }
-    }
-    found->count++;
-    found->inside_ns += record->left - record->entered;
-    recorder->last = found;
+    if (__builtin_expect(run->exit_reason == KVM_EXIT_IO, 1))
+        return key | (run->io.direction == KVM_EXIT_IO_OUT ? KVMPY_TALLY_WRITE : 0) | run->io.port;
+    if (run->exit_reason == KVM_EXIT_MMIO)
+        return key | (run->mmio.is_write ? KVMPY_TALLY_WRITE : 0) |
+               (run->mmio.phys_addr & KVMPY_TALLY_ADDRESS);
+    if (run->exit_reason == KVM_EXIT_X86_RDMSR || run->exit_reason == KVM_EXIT_X86_WRMSR)
+        return key | run->msr.index;
+    if (run->exit_reason == KVM_EXIT_HYPERCALL)
+        return key | (run->hypercall.nr & KVMPY_TALLY_ADDRESS);
+    return key;
 }
 
-static void record(struct kvmpy_loop *loop, struct kvmpy_recorder *recorder, uint64_t entered,
-                   uint64_t left, int interrupted)
+static struct kvmpy_tally *find_tally(struct kvmpy_recorder *recorder, uint64_t key)
+{
+    uint64_t at = key * 0x9e3779b97f4a7c15 >> 52;
+
+    for (uint32_t tries = 0; tries < 64; tries++, at++) {
+        struct kvmpy_tally *here = &recorder->tallies[at % KVMPY_TALLIES];
+        if (here->key == key || !here->key) {
+            here->key = key;
+            return here;
+        }
+    }
+    return &recorder->other;
+}
+
+static void count(struct kvmpy_recorder *recorder, const struct kvm_run *run, uint64_t inside)
+{
+    uint64_t key = key_of(run);
+
+    if (!recorder->last || recorder->last->key != key)
+        recorder->last = find_tally(recorder, key);
+    recorder->last->count++;
+    recorder->last->inside += inside;
+}
+
+static void write_record(struct kvmpy_loop *loop, struct kvmpy_recorder *recorder,
+                         struct kvmpy_record here, int interrupted)
 {
     const struct kvm_run *run = loop->run;
-    struct kvmpy_record here = {.entered = entered, .left = left};
 
-    if (!recorder->detached) {
-        recorder->outside_ns += entered - recorder->left;
-        if (recorder->last)
-            recorder->last->outside_ns += entered - recorder->left;
-    } else {
-        here.flags |= KVMPY_RECORD_FIRST;
-    }
-    recorder->detached = 0;
-    recorder->left = left;
-    recorder->inside_ns += left - entered;
-    recorder->interrupted += interrupted;
-    if (interrupted) {
-        here.reason = KVM_EXIT_INTR; /* exit_reason may be stale */
-        recorder->last = NULL;
-    } else {
-        describe(&here, run);
-        tally(recorder, &here);
-    }
-    if (!recorder->records)
-        return;
     here.number = recorder->written + recorder->dropped;
     if (is_full(recorder)) {
         recorder->dropped++;
         return;
     }
-    if (!interrupted && !loop->raw && (here.reason == KVM_EXIT_IO || here.reason == KVM_EXIT_MMIO))
-        here.level = KVMPY_BY_C; /* until it is handed over */
+    if (interrupted) {
+        here.reason = KVM_EXIT_INTR; /* exit_reason may be stale */
+    } else {
+        describe(&here, run);
+        if (!loop->raw && (here.reason == KVM_EXIT_IO || here.reason == KVM_EXIT_MMIO))
+            here.level = KVMPY_BY_C; /* until it is handed over */
+    }
     if (run->kvm_valid_regs & KVM_SYNC_X86_REGS) {
         here.rip = run->s.regs.regs.rip;
         here.flags |= KVMPY_RECORD_RIP;
@@ -204,6 +205,42 @@ static void record(struct kvmpy_loop *loop, struct kvmpy_recorder *recorder, uin
     recorder->at = recorder->at + 1 == recorder->capacity ? 0 : recorder->at + 1;
     recorder->current = interrupted ? NULL : place;
     __atomic_store_n(&recorder->written, recorder->written + 1, __ATOMIC_RELEASE);
+}
+
+static void record(struct kvmpy_loop *loop, struct kvmpy_recorder *recorder, uint64_t entered,
+                   uint64_t left, int interrupted)
+{
+    uint8_t first = recorder->detached ? KVMPY_RECORD_FIRST : 0;
+
+    if (!first) {
+        recorder->outside += entered - recorder->left;
+        if (recorder->last)
+            recorder->last->outside += entered - recorder->left;
+    }
+    recorder->detached = 0;
+    recorder->left = left;
+    recorder->inside += left - entered;
+    if (interrupted) {
+        recorder->interrupted++;
+        recorder->last = NULL;
+    } else {
+        count(recorder, loop->run, left - entered);
+    }
+    if (recorder->records) {
+        struct kvmpy_record here = {.entered = entered, .left = left, .flags = first};
+        write_record(loop, recorder, here, interrupted);
+    }
+}
+
+/* Records have CLOCK_MONOTONIC; reading the TSC is cheaper, and enough for sums. */
+static inline uint64_t stamp(const struct kvmpy_recorder *recorder)
+{
+    return recorder->ticks ? __builtin_ia32_rdtsc() : kvmpy_clock();
+}
+
+uint64_t kvmpy_ticks(void)
+{
+    return __builtin_ia32_rdtsc();
 }
 
 static void sample(struct kvmpy_loop *loop, uint64_t entered, uint64_t left)
@@ -234,13 +271,14 @@ int kvmpy_enter_watched(struct kvmpy_loop *loop, int may_ask)
             recorder->asked = full;
         }
     }
-    uint64_t entered = kvmpy_clock();
+    uint64_t sampled = loop->watch & KVMPY_SAMPLE ? kvmpy_clock() : 0;
+    uint64_t entered = recorder ? stamp(recorder) : sampled;
     int error = ioctl(loop->fd, KVM_RUN, 0) < 0 ? errno : 0;
-    uint64_t left = kvmpy_clock();
+    uint64_t left = recorder ? stamp(recorder) : kvmpy_clock();
 
     loop->entries++;
     if (!error && loop->watch & KVMPY_SAMPLE)
-        sample(loop, entered, left);
+        sample(loop, sampled, recorder ? kvmpy_clock() : left);
     if (recorder && (!error || error == EINTR))
         record(loop, recorder, entered, left, error == EINTR);
     return -error;

@@ -32,13 +32,14 @@ struct kvmpy_record {
 struct kvmpy_tally {
     uint64_t key; /* 0: free; else KVMPY_TALLY, reason, direction, address */
     uint64_t count;
-    uint64_t inside_ns;  /* in KVM_RUN, up to the exit */
-    uint64_t outside_ns; /* from the exit to the next entry of the same run */
+    uint64_t inside;  /* time in KVM_RUN, up to the exit */
+    uint64_t outside; /* from the exit to the next entry of the same run */
 };
 
 #define KVMPY_TALLY (1ull << 63)
 #define KVMPY_TALLY_WRITE (1ull << 62)
 #define KVMPY_TALLY_SHIFT 56
+#define KVMPY_TALLY_ADDRESS ((1ull << 52) - 1)
 #define KVMPY_TALLIES 4096
 
 enum { KVMPY_WRAP, KVMPY_STOP, KVMPY_HAND };
@@ -51,9 +52,10 @@ struct kvmpy_recorder {
     uint64_t dropped; /* those that found no room */
     uint32_t when_full;
     uint32_t detached; /* the next entry does not follow on the last exit */
+    uint32_t ticks;    /* the sums are of the TSC, not of CLOCK_MONOTONIC: never with records */
 
-    uint64_t inside_ns;   /* in KVM_RUN, those that signals ended included */
-    uint64_t outside_ns;  /* from exits to the next entries of the same run */
+    uint64_t inside;      /* time in KVM_RUN, that of entries that signals ended included */
+    uint64_t outside;     /* from exits to the next entries of the same run */
     uint64_t interrupted; /* entries that a signal ended */
     struct kvmpy_tally other; /* exits that found no place in the table */
     struct kvmpy_tally tallies[KVMPY_TALLIES];
@@ -69,6 +71,7 @@ struct kvmpy_recorder {
 int kvmpy_enter_watched(struct kvmpy_loop *loop, int may_ask);
 void kvmpy_record_python(struct kvmpy_loop *loop);
 void kvmpy_record_end(struct kvmpy_loop *loop);
+uint64_t kvmpy_ticks(void);
 int kvmpy_map_twice(uint8_t *start, uint64_t size, int fd);
 
 #endif

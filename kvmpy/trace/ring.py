@@ -3,7 +3,10 @@
 import mmap
 import os
 import struct
+import time
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from kvmpy.abi import address_of, ffi, host_error, lib
@@ -23,6 +26,7 @@ _MOST: Final = 1 << 26
 _WRITE, _VALUE = lib.KVMPY_RECORD_WRITE, lib.KVMPY_RECORD_VALUE
 _READS: Final = (2, 6, 29)  # KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR
 _TALLY: Final = struct.Struct("<4Q")
+_CLOCK: Final = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
 _ADDRESS: Final = (1 << 52) - 1
 
 
@@ -58,8 +62,11 @@ class Ring:
         self.recorder.capacity, self.recorder.detached = self.capacity, 1
         self.recorder.when_full = WHEN_FULL[when_full]
         self._bytes = memoryview(b"")
+        self._started = time.monotonic_ns(), int(lib.kvmpy_ticks())
         if self.capacity:
             self._map(self.capacity * RECORD_SIZE)
+        else:
+            self.recorder.ticks = _tsc_is_the_clock()
 
     def _map(self, size: int) -> None:
         file = os.memfd_create("kvmpy-trace")
@@ -129,15 +136,39 @@ class Ring:
 
     def tallies(self) -> list[Tally]:
         """What was counted, by kind and address."""
-        table = bytes(ffi.buffer(self.recorder.tallies))
-        found = [_tally(key, *rest) for key, *rest in _TALLY.iter_unpack(table) if key]
-        other = self.recorder.other
-        if other.count:
-            found.append(Tally("other", 0, other.count, other.inside_ns, other.outside_ns))
-        return found
+        other = ffi.addressof(self.recorder, "other")
+        table = bytes(ffi.buffer(self.recorder.tallies)) + bytes(ffi.buffer(other))
+        per_tick = self._ns_per_tick()
+        return [
+            Tally(*_kind(key), count, int(inside * per_tick), int(outside * per_tick))
+            for key, count, inside, outside in _TALLY.iter_unpack(table)
+            if count
+        ]
+
+    def times(self) -> tuple[int, int]:
+        """Nanoseconds in KVM_RUN, and from exits to the next entries of the same run."""
+        per_tick = self._ns_per_tick()
+        return int(self.recorder.inside * per_tick), int(self.recorder.outside * per_tick)
+
+    def _ns_per_tick(self) -> float:
+        if not self.recorder.ticks:
+            return 1
+        now, ticks = time.monotonic_ns(), int(lib.kvmpy_ticks())
+        return (now - self._started[0]) / max(1, ticks - self._started[1])
 
 
-def _tally(key: int, count: int, inside_ns: int, outside_ns: int) -> Tally:
+def _kind(key: int) -> tuple[str, int]:
+    """The name and the address of a tally; it has no key where it is that of all others."""
+    if not key:
+        return "other", 0
     reason = key >> lib.KVMPY_TALLY_SHIFT & lib.KVMPY_REASONS - 1
-    kind = exit_kind(reason, bool(key & lib.KVMPY_TALLY_WRITE))
-    return Tally(kind, key & _ADDRESS, count, inside_ns, outside_ns)
+    return exit_kind(reason, bool(key & lib.KVMPY_TALLY_WRITE)), key & _ADDRESS
+
+
+@cache
+def _tsc_is_the_clock() -> bool:
+    """Whether the kernel has judged this machine's TSC fit to be the clock: steady, and one."""
+    try:
+        return _CLOCK.read_text().strip() == "tsc"
+    except OSError:
+        return False

@@ -151,11 +151,11 @@ class Trace(Sequence[Record]):
 
     def totals(self) -> Totals:
         """The time inside and outside of KVM_RUN, of all vCPUs."""
-        recorders = [ring.recorder for ring in self.rings]
+        times = [ring.times() for ring in self.rings]
         return Totals(
-            sum(int(one.inside_ns) for one in recorders),
-            sum(int(one.outside_ns) for one in recorders),
-            sum(int(one.interrupted) for one in recorders),
+            sum(inside for inside, _ in times),
+            sum(outside for _, outside in times),
+            sum(int(ring.recorder.interrupted) for ring in self.rings),
         )
 
     def __len__(self) -> int:
