@@ -364,3 +364,21 @@ def test_vcpus_are_compared_one_by_one() -> None:
     found = compare([*zero, *one], [*zero, *one[:2], one[2]._replace(value=9), one[3]])
     assert found is not None
     assert (found.cpu, found.exit) == (1, 2)
+
+
+# What docs/tracing.md says ---------------------------------------------------------------------
+
+DOCS = (Path(__file__).parent.parent / "docs" / "tracing.md").read_text()
+
+
+def test_the_documented_layout_is_the_real_one() -> None:
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| `(\w+)` \|", DOCS, re.MULTILINE)
+    fields = ffi.typeof("struct kvmpy_record").fields
+    found = [(field.offset, ffi.sizeof(field.type), name) for name, field in fields]
+    assert [(int(offset), int(size), name) for offset, size, name in rows] == found
+
+
+@pytest.mark.usefixtures("kvm_host")
+def test_the_documented_code_runs() -> None:
+    for code in re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL):
+        exec(compile(code, "docs/tracing.md", "exec"), {})
