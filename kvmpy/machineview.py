@@ -1,11 +1,12 @@
 """Views of a machine as it is now."""
 
 from kvmpy.dispatch import Dispatch
+from kvmpy.errors import ConfigError
 from kvmpy.modes import Layout
 from kvmpy.vcpu import VCPU
 from kvmpy.views.memorymap import MemoryMapView, memory_map
 from kvmpy.views.pages import reader
-from kvmpy.views.state import StateView, physical_bits
+from kvmpy.views.state import Processor, StateView
 from kvmpy.vm import VM
 from kvmpy.x86.registers import Registers
 from kvmpy.x86.state import SpecialRegisters
@@ -28,8 +29,8 @@ class MachineView(StateView):
     def _sregs(self) -> SpecialRegisters:
         return self._cpu.get_sregs()
 
-    def _width(self) -> int:
-        return physical_bits(self._cpu.get_cpuid2())
+    def _processor(self) -> Processor:
+        return Processor.of(self._cpu.get_cpuid2())
 
     def memory_map(self) -> MemoryMapView:
         """RAM and its slots, what kvmpy keeps in it, and who answers at ports and addresses."""
@@ -37,6 +38,9 @@ class MachineView(StateView):
         return memory_map(self._vm.memory, self._layout, dispatch.mmio, dispatch.ports)
 
     def cpu(self, index: int) -> "MachineView":
-        """The views of another vCPU."""
-        cpu = self._vm.vcpus[index]
-        return MachineView(self._vm, self._layout, self._dispatch, dict(self._symbols or {}), cpu)
+        """The views of another vCPU; ConfigError where there is none of that number."""
+        cpus = self._vm.vcpus
+        if not 0 <= index < len(cpus):
+            raise ConfigError(f"there is no vCPU {index}: this machine has {len(cpus)}")
+        symbols = dict(self._symbols or {})
+        return MachineView(self._vm, self._layout, self._dispatch, symbols, cpus[index])

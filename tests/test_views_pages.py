@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from kvmpy import KVM, AddressError
 from kvmpy.views.linear import linear_reader, read_linear
 from kvmpy.views.pages import page_walk, reader
+from kvmpy.views.ranges import page_map
+from kvmpy.views.state import Processor
 from kvmpy.x86 import paging
 from kvmpy.x86.flags import CR0, CR4, EFER
 from kvmpy.x86.segments import Segment
-from kvmpy.x86.state import SpecialRegisters
+from kvmpy.x86.state import CPUIDEntry, SpecialRegisters
 
 PAGES = 16
 SIZE = PAGES * 4096
@@ -93,6 +95,19 @@ def test_large_pages_and_their_reserved_bits(table, name, size):
     walk = page_walk(ram.read, long_special(), 0x12345, "write")
     assert walk.end == "reserved bit" and walk.entries[-1].problem == "reserved bit 13 set"
     assert walk.error_code == 0b1011 and not walk.allowed
+
+
+def test_a_processor_without_pages_of_1_gib():
+    ram = Ram()
+    four(ram, 0x5000 | 7)
+    ram.put(0x2000, 0x87)
+    assert page_walk(ram.read, long_special(), 0).physical == 0
+    walk = page_walk(ram.read, long_special(), 0, gigabyte_pages=False)
+    assert walk.entries[-1].problem == "reserved bit 7 set" and walk.error_code == 9
+    (one,) = page_map(ram.read, long_special(), gigabyte_pages=False).ranges
+    assert one.problem and one.size == 1 << 30
+    leaves = [CPUIDEntry(0x8000_0008, eax=0x3030), CPUIDEntry(0x8000_0001, edx=1 << 26)]
+    assert Processor.of(leaves) == (48, True) and Processor.of([]) == (36, False)
 
 
 def test_reserved_bits_of_entries():
@@ -231,7 +246,7 @@ def test_reading_linear_addresses_ends_where_the_mapping_does():
 entries = st.builds(
     lambda page, flags, high: page << 12 | flags | high,
     st.integers(0, PAGES + 1),
-    st.sampled_from([7, 7, 7, 3, 5, 1, 0, 0x87, 0x83, 0x27, 0x67]),
+    st.sampled_from([7, 7, 7, 3, 5, 1, 0, 0x87, 0x83, 0x27, 0x67, 0xE7]),
     st.sampled_from([0] * 12 + [1 << 63, 1 << 51, 1 << 20, 1 << 30, 5 << 52]),
 )
 indices = st.integers(0, 3)
@@ -278,24 +293,24 @@ def translating():
         vcpu = vm.create_vcpu()
         leaves = kvm.get_supported_cpuid()
         vcpu.set_cpuid2(leaves)
-        bits = next(one.eax & 0xFF for one in leaves if one.function == 0x8000_0008)
+        kind = Processor.of(leaves)._asdict()
         special = vcpu.get_sregs()
         special.cs, special.cr3 = Segment.code64(8), 0
         special.cr0, special.cr4, special.efer = LONG["cr0"], LONG["cr4"], LONG["efer"]
         special.ss = Segment.data(16)
         vcpu.set_sregs(special)
-        yield ram, vcpu, bits
+        yield ram, vcpu, kind
 
 
 @given(tables, linears, st.integers(0, PAGES - 1))
 @settings(max_examples=80, deadline=None)
 def test_as_kvm_translates(translating, rows, linear, root):
     """KVM_TRANSLATE looks at no rights, but at reserved bits."""
-    ram, vcpu, bits = translating
+    ram, vcpu, kind = translating
     for page, row in enumerate(rows):
         ram.write(page * 4096, struct.pack("<4Q", *row))
     special = vcpu.get_sregs()
     special.cr3 = root << 12
     vcpu.set_sregs(special)
-    walk = page_walk(reader(ram.read), special, linear, physical_bits=bits)
+    walk = page_walk(reader(ram.read), special, linear, **kind)
     assert vcpu.translate(linear).physical == walk.physical, walk

@@ -118,6 +118,8 @@ def test_views_of_a_machine(machine):
     assert view.walk(machine.layout.stubs, "read", cpl=0).allowed
     assert "slot 0" in str(view.memory_map()) and "serial" in str(view.memory_map())
     assert view.cpu(0).registers() == view.registers()
+    with pytest.raises(ConfigError, match="no vCPU 1"):
+        view.cpu(1)
     assert view.hexdump(0x4000, 2).data == b"\x90\xeb"
     assert view.hexdump(0x4000, 2, linear=False).data == b"\x90\xeb"
     assert view.map().ranges[0].physical == 0

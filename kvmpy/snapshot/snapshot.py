@@ -154,14 +154,14 @@ class Snapshot:
     def view(self) -> "StateView":
         """Views of the first vCPU and of memory: registers, tables, page walks, code, bytes."""
         from kvmpy.views.pages import reader
-        from kvmpy.views.state import StateView, physical_bits
+        from kvmpy.views.state import Processor, StateView
 
         state = self.cpus[0]
         return StateView(
             reader(self.read),
             Registers.unpack(state["REGS"]),
             SpecialRegisters.unpack(state["SREGS"]),
-            bits=physical_bits(unpack_cpuid(state["CPUID2"])),
+            processor=Processor.of(unpack_cpuid(state["CPUID2"])),
         )
 
     def diff(self, other: "Snapshot") -> Difference:

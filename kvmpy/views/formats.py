@@ -3,7 +3,7 @@
 Sources: SDM Vol.3 4.1.1, figures 4-4 (2-level), 4-7 (PAE) and 4-11 (4-level and 5-level).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from kvmpy.x86.flags import CR0, CR4, EFER
@@ -15,6 +15,7 @@ __all__ = [
     "Format",
     "LevelFormat",
     "canonical_bits",
+    "format_of",
     "is_canonical",
     "paging_mode",
 ]
@@ -112,6 +113,17 @@ FORMATS: Final = {
     "5-level": Format((_PML5, *_FOUR), 8, _ADDRESS, _ADDRESS, 57),
 }
 """The paging modes with tables, by name."""
+
+
+def format_of(mode: str, gigabyte_pages: bool) -> Format:
+    """The format of a mode of `FORMATS`, on a processor that has pages of 1 GiB or has not."""
+    form = FORMATS[mode]
+    if gigabyte_pages or form.canonical_bits is None:
+        return form
+    levels = [
+        replace(level, always=_LARGE) if level.name == "PDPT" else level for level in form.levels
+    ]
+    return replace(form, levels=tuple(levels))
 
 
 def paging_mode(special: SpecialRegisters) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 from kvmpy.errors import AddressError
-from kvmpy.views.formats import FORMATS, NO_PAGING, Format, is_canonical, paging_mode
+from kvmpy.views.formats import NO_PAGING, Format, format_of, is_canonical, paging_mode
 from kvmpy.views.show import Grid, Shown
 from kvmpy.x86.flags import CR0, CR4, EFER
 from kvmpy.x86.paging import PageFlags
@@ -136,11 +136,13 @@ def page_walk(
     cpl: int | None = None,
     ac: bool = False,
     physical_bits: int = 52,
+    gigabyte_pages: bool = True,
 ) -> PageWalk:
     """Walk the page tables that CR3 leads to, for `access` to the address `linear`.
 
     `cpl` is by default that of `special`; `ac` is RFLAGS.AC, which lifts SMAP. Bits from
-    `physical_bits` on (MAXPHYADDR) are reserved. Outside of long mode, only the low 32 bits of
+    `physical_bits` on (MAXPHYADDR) are reserved, and without `gigabyte_pages` (CPUID 0x80000001,
+    EDX bit 26) so is the bit that makes such a page. Outside of long mode, only the low 32 bits of
     `linear` count. Raises AddressError for one that is no 64-bit number.
     """
     if not 0 <= linear < 1 << 64:
@@ -153,7 +155,7 @@ def page_walk(
         why = "paging is off (CR0.PG = 0): linear addresses are physical ones"
         return PageWalk(linear, mode, access, cpl, (), NO_PAGING, linear, 0, found,
                         True, True, True, True, why, None)  # fmt: skip
-    form = FORMATS[mode]
+    form = format_of(mode, gigabyte_pages)
     if form.canonical_bits is None:
         linear &= 0xFFFF_FFFF
     elif not is_canonical(linear, form.canonical_bits):

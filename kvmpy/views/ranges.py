@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final, NamedTuple
 
-from kvmpy.views.formats import FORMATS, NO_PAGING, Format, paging_mode
+from kvmpy.views.formats import NO_PAGING, Format, format_of, paging_mode
 from kvmpy.views.pages import Read, size_words
 from kvmpy.views.show import Grid, Shown
 from kvmpy.x86.flags import EFER
@@ -104,7 +104,13 @@ class _Run(NamedTuple):
     problem: str = ""
 
 
-def page_map(read: Read, special: SpecialRegisters, *, physical_bits: int = 52) -> MapView:
+def page_map(
+    read: Read,
+    special: SpecialRegisters,
+    *,
+    physical_bits: int = 52,
+    gigabyte_pages: bool = True,
+) -> MapView:
     """The map that CR3 leads to (see `pages.page_walk` for what counts as reserved).
 
     Rights are the bits of all levels together; what SMEP, SMAP and CR0.WP make of them depends on
@@ -114,7 +120,7 @@ def page_map(read: Read, special: SpecialRegisters, *, physical_bits: int = 52) 
     if mode == NO_PAGING:
         all_of_it = Range(0, 0xFFFF_FFFF, 0, True, True, True, ())
         return MapView(mode, 0, (all_of_it,))
-    form = FORMATS[mode]
+    form = format_of(mode, gigabyte_pages)
     root = special.cr3 & form.root_mask
     mapper = _Mapper(read, special, form, physical_bits)
     runs = list(islice(mapper.runs(root, 0), MOST_RANGES + 1))

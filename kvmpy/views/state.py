@@ -1,6 +1,7 @@
 """All views of one vCPU's state and the memory beside it: of a machine's, or of a snapshot's."""
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from kvmpy.views.code import CodeView, HexView, disassemble, hexdump
 from kvmpy.views.descriptors import DescriptorView, gdt_view, ldt_view
@@ -14,24 +15,34 @@ from kvmpy.x86.flags import RFLAGS
 from kvmpy.x86.registers import Registers
 from kvmpy.x86.state import CPUIDEntry, SpecialRegisters
 
-__all__ = ["StateView", "physical_bits"]
+__all__ = ["Processor", "StateView"]
 
 _WITHOUT_LEAF = 36
 
 
-def physical_bits(leaves: Iterable[CPUIDEntry]) -> int:
-    """MAXPHYADDR, the width of physical addresses, by CPUID leaf 0x80000008 (SDM Vol.3 4.1.4)."""
-    for leaf in leaves:
-        if leaf.function == 0x8000_0008:
-            return leaf.eax & 0xFF
-    return _WITHOUT_LEAF
+class Processor(NamedTuple):
+    """What of a vCPU's CPUID decides which bits of page-table entries are reserved."""
+
+    physical_bits: int = 52
+    gigabyte_pages: bool = True
+
+    @classmethod
+    def of(cls, leaves: Iterable[CPUIDEntry]) -> "Processor":
+        """By leaves 0x80000008, EAX (SDM Vol.3 4.1.4), and 0x80000001, EDX bit 26."""
+        bits, pages = _WITHOUT_LEAF, False
+        for leaf in leaves:
+            if leaf.function == 0x8000_0008:
+                bits = leaf.eax & 0xFF
+            elif leaf.function == 0x8000_0001:
+                pages = bool(leaf.edx & 1 << 26)
+        return cls(bits, pages)
 
 
 class StateView:
     """Views of a vCPU's state. Each prints, and shows itself in a notebook.
 
-    `read` gives bytes of RAM or None (see `kvmpy.views.pages.reader`); `bits` is the width of
-    physical addresses.
+    `read` gives bytes of RAM or None (see `kvmpy.views.pages.reader`); `processor` says what
+    is reserved in page tables.
     """
 
     def __init__(
@@ -40,11 +51,11 @@ class StateView:
         registers: Registers,
         special: SpecialRegisters,
         *,
-        bits: int = 52,
+        processor: Processor = Processor(),  # noqa: B008 - a value
         symbols: Mapping[str, int] | None = None,
     ) -> None:
         self._read, self._registers, self._special = read, registers, special
-        self._bits, self._symbols = bits, symbols
+        self._of, self._symbols = processor, symbols
 
     # What a subclass asks for anew each time.
 
@@ -54,8 +65,8 @@ class StateView:
     def _sregs(self) -> SpecialRegisters:
         return self._special
 
-    def _width(self) -> int:
-        return self._bits
+    def _processor(self) -> Processor:
+        return self._of
 
     def registers(self) -> RegistersView:
         """The general registers, RIP, and RFLAGS with its bits named."""
@@ -91,13 +102,12 @@ class StateView:
         `access` is "read", "write" or "fetch", and `cpl` by default the ring that the vCPU is in.
         """
         ac = bool(self._regs().rflags & RFLAGS.AC)
-        return page_walk(
-            self._read, self._sregs(), address, access, cpl=cpl, ac=ac, physical_bits=self._width()
-        )
+        kind = self._processor()._asdict()
+        return page_walk(self._read, self._sregs(), address, access, cpl=cpl, ac=ac, **kind)
 
     def map(self) -> MapView:
         """All that the page tables map, merged into ranges."""
-        return page_map(self._read, self._sregs(), physical_bits=self._width())
+        return page_map(self._read, self._sregs(), **self._processor()._asdict())
 
     def disassemble(self, address: int | None = None, count: int = 8) -> CodeView:
         """Instructions from `address` on, an offset in CS; by default where the vCPU is."""
