@@ -4,13 +4,17 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from kvmpy import load_image
 from kvmpy.cli import main
 from kvmpy.probe import probe
 
+verb = import_module("kvmpy.cli.step")
 DOCUMENT = Path(__file__).parent.parent / "docs" / "views-and-stepping.md"
 
 
@@ -81,6 +85,13 @@ class TestStep:
         guest.write_text(code + "\n")
         status, _, err = kvmpy(capfd, "step", guest, "--strict")
         assert status == expected and words in "".join(err) and len(err) == bool(words)
+
+    def test_a_symbol_does_nothing_to_a_terminal(self, capfd, monkeypatch):
+        image = load_image("hello_long")
+        evil = replace(image, symbols={"\x1b[31mstart\n": image.entry})
+        monkeypatch.setattr(verb, "image_of", lambda *arguments: evil)
+        _, out, _ = kvmpy(capfd, "step", "hello_long", "--count", 1)
+        assert "\x1b" not in out and "\ufffd[31mstart\ufffd" in out
 
     def test_a_deadline(self, capfd, tmp_path):
         guest = tmp_path / "guest.S"

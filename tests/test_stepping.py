@@ -46,6 +46,12 @@ def test_halt_is_an_exit_also_where_it_is_stepped_over():
     assert (last.exits, last.outcome) == ((Halt(),), "halt")
 
 
+def test_halt_with_kvms_interrupt_controller_waits_or_says_that_it_would():
+    with machine_of("hlt; nop; nop", irqchip="split") as machine:
+        (one,) = machine.trace_instructions(count=1, timeout=1)
+    assert one.text == "hlt" and (one.outcome == "timeout" or "would wait" in one.note)
+
+
 def test_the_way_from_real_to_long_mode():
     with Machine.from_image("boot_sector") as machine:
         steps = list(machine.trace_instructions(timeout=30))

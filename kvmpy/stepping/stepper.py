@@ -252,6 +252,8 @@ class _Stepper:
 
     def _note(self, before: _Moment, after: _Moment, mnemonic: str, size: int) -> str:
         start, now = before.registers.rip, after.registers.rip
+        if mnemonic == "hlt" and not self.outcome:
+            return "HLT was stepped over: run, the vCPU would wait here for an interrupt"
         if self.outcome or now in (start, start + size):
             return ""
         note = taken(self.read, mnemonic, before.registers, after.registers, after.special)
