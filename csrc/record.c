@@ -52,7 +52,7 @@ static void settle(struct kvmpy_loop *loop, struct kvmpy_recorder *recorder)
     struct kvmpy_record *record = recorder->current;
 
     recorder->current = NULL;
-    if (record && loop->incomplete && is_read(record))
+    if (record && is_read(record))
         fill_value(record, loop->run);
 }
 

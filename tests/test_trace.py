@@ -209,6 +209,7 @@ def test_a_sink_sees_exits_with_their_answers() -> None:
         seen: list[Record] = []
         made.trace.start(sink=seen.append)
         assert [type(one).__name__ for one in made.exits(timeout=5)] == ["PortIn", "PortIn", "Halt"]
+        assert len(exits(seen)) == 3  # as they came
         made.trace.stop()
         assert [one.value for one in exits(seen)] == [7, 8, None]
 
@@ -308,6 +309,8 @@ def test_a_sink_gets_every_record_of_a_ring_that_is_much_too_small(native: bool)
         assert made.trace.dropped == 0
         assert len(made.trace) == 0
         assert [one.value for one in exits(seen)] == [at % 256 for at in range(1000)]
+        assert seen[64].starts  # what the sink took before it is no time of the device's
+        assert not seen[65].starts
 
 
 def test_nobody_drains_vcpu_run_so_drops_are_counted() -> None:
@@ -411,6 +414,7 @@ def test_starting_anew_while_another_thread_runs_is_safe() -> None:
         for _ in range(20):
             made.trace.start(64)
             gc.collect()
+        assert len(made.cpus[0].keeps) > 2  # the thread may be filling any of them
         made.stop()
         thread.join()
         made.trace.start(64)
