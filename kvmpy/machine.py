@@ -14,6 +14,7 @@ from kvmpy.boot.segments import Image
 from kvmpy.bus import AccessFunction, Device, FunctionDevice
 from kvmpy.console import Console
 from kvmpy.copying import Copying
+from kvmpy.debugging import Debugging
 from kvmpy.devices import standard
 from kvmpy.dispatch import NO_ROUTES, Dispatch
 from kvmpy.errors import ConfigError
@@ -35,7 +36,7 @@ _F = TypeVar("_F", bound=AccessFunction)
 _Bytes = bytes | bytearray | memoryview
 
 
-class Machine(Copying, Attaching, Viewing):
+class Machine(Copying, Attaching, Viewing, Debugging):
     """A virtual machine that is ready to load a guest and run it; a context manager.
 
     `memory` is its RAM ("16M", or bytes): up to 3 GiB from address 0 on, the rest from 4 GiB.

@@ -65,6 +65,9 @@ PROBES: Final[dict[str, Probe]] = {
     "breakpoint-ring3": Probe("hardware breakpoints in ring 3", partial(_at_third, 3, 2)),
     "watchpoint": Probe("hardware watchpoints in ring 0", partial(_at_store, 0, len(_STORE) - 1)),
     "software-breakpoint": Probe("int3 in ring 0 reported to the host", partial(_at_int3, 0, 0)),
+    "software-breakpoint-ring3": Probe(
+        "int3 in ring 3 reported to the host", partial(_at_int3, 3, 0)
+    ),
     "vmcall": Probe("the CPU's hypercall instruction in ring 0", guests.hypercall),
     "ring0-sse": Probe("SSE arithmetic in ring 0", partial(guests.passes, _ADDPS)),
     "ring0-popcnt": Probe("POPCNT in ring 0", partial(guests.passes, _POPCNT, rax=8)),

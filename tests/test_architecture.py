@@ -43,6 +43,9 @@ ROOMS = (
         "paper",
         "probe",
         "probeguests",
+        # gdb asks what the host can do, by probes, which are machines.
+        "debugging",
+        "gdb",
     },
     {"pytest", "repeat", "spares", "coverage"},
     {"bench", "labs", "pool"},

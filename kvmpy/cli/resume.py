@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from kvmpy.cli.report import Report
-from kvmpy.cli.run import INPUT, MAX_EXITS, REPORT, TIMEOUT, input_of, run_machine
+from kvmpy.cli.run import GDB, INPUT, MAX_EXITS, REPORT, TIMEOUT, input_of, run_machine
 from kvmpy.cli.stdio import write_output
 from kvmpy.machine import Machine
 from kvmpy.snapshot import Snapshot
@@ -22,6 +22,7 @@ __all__ = ["resume"]
               show_default=True, help="Which checksums to compare first.")  # fmt: skip
 @click.option("--across-backends", is_flag=True,
               help="Try it though it was saved under another backend.")  # fmt: skip
+@GDB
 @REPORT
 def resume(
     *,
@@ -31,6 +32,7 @@ def resume(
     max_exits: int | None,
     verify: str,
     across_backends: bool,
+    gdb: str | None,
     report_path: Path | None,
 ) -> int:
     """Go on with the guest saved in FILE; console, report and exit status are those of run."""
@@ -41,4 +43,4 @@ def resume(
     with Machine.from_snapshot(
         snapshot, output=write_output, input=source, across_backends=across_backends
     ) as machine:
-        return run_machine(machine, report, timeout, max_exits)
+        return run_machine(machine, report, timeout, max_exits, gdb)

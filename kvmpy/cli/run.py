@@ -20,7 +20,9 @@ from kvmpy.result import Result
 
 __all__ = [
     "CRASHED",
+    "GDB",
     "INPUT",
+    "KILLED",
     "MAX_EXITS",
     "REPORT",
     "TIMED_OUT",
@@ -34,6 +36,7 @@ __all__ = [
 
 TIMED_OUT: Final = 124
 CRASHED: Final = 126
+KILLED: Final = 137  # 128 + SIGKILL
 _STATUS: Final = {
     "halt": 0,
     "reset": 0,
@@ -75,6 +78,9 @@ REPORT: Final = click.option(
     "--report", "report_path", type=click.Path(path_type=Path), metavar="FILE",
     help="Write what happened to FILE as JSON.",
 )  # fmt: skip
+GDB: Final = click.option(
+    "--gdb", metavar="ADDR", help="Wait for gdb at PORT on loopback, HOST:PORT or unix:PATH."
+)
 
 
 def image_of(guest: str, mode: str, ring: str | None, load: int | None, entry: int | None) -> Image:
@@ -95,6 +101,7 @@ def input_of(path: Path | None) -> Callable[[], bytes]:
 @MAX_EXITS
 @click.option("--posted-console", is_flag=True,
               help="Let KVM collect console bytes: cheaper, up to 50 ms late.")  # fmt: skip
+@GDB
 @REPORT
 def run(
     *,
@@ -109,13 +116,14 @@ def run(
     max_exits: int | None,
     strict: bool,
     posted_console: bool,
+    gdb: str | None,
     report_path: Path | None,
 ) -> int:
     """Run GUEST: a .S source, a static ELF64, a flat binary, or a shipped guest's name.
 
     Exit status: 0 halt, reset, power-off; ((v << 1) | 1) & 255 for a debug-exit of v; 2 bad
     input; 124 timeout or max-exits; 125 the host, kvmpy or a device failed; 126 the guest
-    crashed; 130 Ctrl-C.
+    crashed; 130 Ctrl-C; 137 gdb killed it.
     """
     report = Report(report_path)
     image = image_of(guest, mode, ring, load, entry)
@@ -129,15 +137,28 @@ def run(
         posted_console=posted_console,
     )
     with machine:
-        return run_machine(machine, report, timeout, max_exits)
+        return run_machine(machine, report, timeout, max_exits, gdb)
 
 
 def run_machine(
-    machine: Machine, report: Report, timeout: float | None, max_exits: int | None
+    machine: Machine,
+    report: Report,
+    timeout: float | None,
+    max_exits: int | None,
+    gdb: str | None = None,
 ) -> int:
-    """Run it, say how it ended, and give the exit status."""
+    """Run it, or have gdb run it; say how it ended, and give the exit status."""
     try:
-        result = machine.run(timeout=timeout, max_exits=max_exits)
+        if gdb is None:
+            result = machine.run(timeout=timeout, max_exits=max_exits)
+        elif timeout is not None or max_exits is not None:
+            raise ConfigError("--gdb goes without --timeout and --max-exits: gdb ends the run")
+        else:
+            served = machine.gdb(gdb, complain)
+            if served is None:
+                complain("killed by gdb")
+                return report.failed(machine, "killed", KILLED)
+            result = served
     except KeyboardInterrupt:
         complain("interrupted")
         return report.failed(machine, "interrupted", INTERRUPTED)
