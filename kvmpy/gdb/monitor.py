@@ -10,6 +10,7 @@ from kvmpy.sizes import parse_address
 from kvmpy.views.descriptors import gdt_view
 from kvmpy.views.gates import idt_view
 from kvmpy.views.pages import page_walk
+from kvmpy.x86.paging import PageFlags
 from kvmpy.x86.registers import REGISTER_NAMES
 from kvmpy.x86.state import SpecialRegisters
 
@@ -111,10 +112,26 @@ def _walk(monitor: Monitor, cpu: int, address: str) -> list[str]:
     lines = [f"{found.mode}, CR3 {monitor.special(cpu).cr3:#x}"]
     for one in found.entries:
         value = "(no RAM)" if one.value is None else f"{one.value:016x}"
-        note = one.problem or str(one.flags).removeprefix("PageFlags.")
+        note = one.problem or " ".join(flag.name or "" for flag in PageFlags if flag & one.flags)
         lines.append(f"  {one.name}[{one.index}] at {one.address:#x}: {value} {note}")
     where = "nowhere" if found.physical is None else f"physical {found.physical:#x}"
     return [*lines, f"{linear:#x} leads to {where}: {found.why}"]
+
+
+def _code(monitor: Monitor, cpu: int, address: str = "", count: str = "8") -> list[str]:
+    from capstone import CS_ARCH_X86, CS_MODE_16, CS_MODE_32, CS_MODE_64, Cs
+
+    special, wanted = monitor.special(cpu), parse_address(count)
+    start = parse_address(address) if address else monitor.control.registers(cpu).pc
+    if wanted > _MOST // 16:
+        raise ConfigError(f"{wanted} instructions: at most {_MOST // 16}")
+    data = monitor.control.memory.read(special, start, 15 * wanted)
+    mode = CS_MODE_64 if special.cs.l else CS_MODE_32 if special.cs.db else CS_MODE_16
+    lines = [
+        f"{one.address:#10x}: {one.bytes.hex(' '):<24} {one.mnemonic} {one.op_str}".rstrip()
+        for one in Cs(CS_ARCH_X86, mode).disasm(data, start, wanted)
+    ]
+    return lines or [f"no instruction at {start:#x}"]
 
 
 def _map(monitor: Monitor, cpu: int) -> list[str]:
@@ -170,6 +187,7 @@ def _phys(monitor: Monitor, cpu: int, on: str) -> list[str]:
 
 COMMANDS: Final[dict[str, tuple[str, str, Callable[..., list[str]]]]] = {
     "help": ("help", "this list", _help),
+    "code": ("code [ADDR [N]]", "instructions, as the vCPU's mode reads them", _code),
     "regs": ("regs", "the general registers", _regs),
     "cr": ("cr", "control registers, segments, tables", _cr),
     "gdt": ("gdt", "the GDT, decoded", _gdt),
