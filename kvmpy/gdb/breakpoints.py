@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 from kvmpy.errors import AddressError, ConfigError, UnsupportedError
 from kvmpy.gdb.host import Host
 from kvmpy.gdb.memory import GuestMemory
-from kvmpy.gdb.traps import BREAKPOINT, DEBUG, INVALID_OPCODE, traps
+from kvmpy.gdb.traps import BREAKPOINT, EXCEPTION_VECTORS, INVALID_OPCODE, traps
 from kvmpy.modes import Layout
 from kvmpy.vcpu import VCPU
 from kvmpy.views.pages import cpl_of
@@ -131,8 +131,8 @@ class Breakpoints:
         vectors: tuple[int, ...] = ()
         if self.software and not self.host.int3_ring3:
             vectors += (BREAKPOINT, INVALID_OPCODE)
-        if stepping:
-            vectors += (DEBUG,)
+        if stepping:  # DEBUG is what ends the step, unless another exception does
+            vectors = EXCEPTION_VECTORS
         for trap in list(traps(self.memory.read_ram, special, self.layout, vectors)):
             known = self.handlers.get(trap.handler)
             if known is None and trap.handler not in self.planted:

@@ -14,7 +14,14 @@ from kvmpy.gdb.host import Host
 from kvmpy.gdb.memory import GuestMemory
 from kvmpy.gdb.registers import RegisterFile, linear_pc
 from kvmpy.gdb.stops import SIGINT, SIGTRAP, Action, Ended, Failed, Stop, crash, exception
-from kvmpy.gdb.traps import BREAKPOINT, DEBUG, INVALID_OPCODE, pushed, take_back
+from kvmpy.gdb.traps import (
+    BREAKPOINT,
+    DEBUG,
+    INVALID_OPCODE,
+    clear_pushed_flag,
+    pushed,
+    take_back,
+)
 from kvmpy.modes import Layout
 from kvmpy.result import CRASHES, OUTCOMES, Result
 from kvmpy.vcpu import VCPU
@@ -64,6 +71,7 @@ class Control:
         self._debug: dict[int, tuple[bool, dict[int, str]]] = {}
         self._stray: set[int] = set()  # vCPUs whose ring-3 code got TF, and has not trapped yet
         self._stopping = Event()
+        self._last = 0
 
     @property
     def count(self) -> int:
@@ -117,6 +125,7 @@ class Control:
         self._stopping.clear()
         steppers = [cpu for cpu, action in wanted.items() if action.kind != "c"]
         others = [cpu for cpu in wanted if cpu not in steppers]
+        others.sort(key=lambda cpu: cpu == self._last)  # who stopped last, starts last
         if steppers:
             came = self._step_all(steppers, wanted, others, watch)
         else:
@@ -124,6 +133,7 @@ class Control:
         return self._noted(came)
 
     def _noted(self, came: Came) -> Came:
+        self._last = came.cpu
         if isinstance(came, Ended) and came.result.outcome == "halt":
             self.ended[came.cpu] = came.result
         for cpu in range(self.count):
@@ -297,10 +307,12 @@ class Control:
             return None
         if outcome == "exception" and result.exception is not None:
             self._settle(cpu)
-            return self._raised(cpu, result.exception, stepping)
+            if self.machine.layout.vector_at(vcpu.get_regs().rip) is None:
+                return None  # another vCPU's, which ended this one's run as well
+            return self._raised(cpu, result.exception)
         pc = linear_pc(result.registers, vcpu.get_sregs())
         if isinstance(result.exit, Debug):
-            return self._debugged(cpu, result.exit, pc, stepping)
+            return self._debugged(cpu, result.exit, pc)
         refused = isinstance(result.exit, InternalError) and result.exit.instruction[:1] == INT3
         if refused and pc in self.points.handlers:
             return self._trapped(cpu, pc, stepping)
@@ -319,12 +331,12 @@ class Control:
         registers.rip -= 1
         vcpu.set_regs(registers)
 
-    def _debugged(self, cpu: int, exit_: Debug, pc: int, stepping: bool) -> Came | None:
+    def _debugged(self, cpu: int, exit_: Debug, pc: int) -> Came | None:
         vector = self.machine.layout.vector_at(pc)
         if vector is not None and exit_.dr6 & _BS:  # the step led to a reporting stub
             raised = pushed(self.memory.read_ram, self.machine.cpus[cpu], vector)
             if raised is not None:
-                return self._raised(cpu, raised, stepping)
+                return self._raised(cpu, raised)
         registers = list(self._debug.get(cpu, (False, {}))[1].items())
         for number, (address, kind) in enumerate(registers):
             if exit_.dr6 >> number & 1:
@@ -337,12 +349,12 @@ class Control:
             return Stop(cpu, SIGTRAP, text="an int3 of the guest's own: set the pc past it")
         return Stop(cpu, SIGTRAP, "step")
 
-    def _raised(self, cpu: int, raised: GuestException, stepping: bool) -> Came | None:
+    def _raised(self, cpu: int, raised: GuestException) -> Came | None:
         """An exception of ring 3: ours, or one to show where it was raised."""
         take_back(self.memory.read_ram, self.machine.cpus[cpu], raised)
-        return self._ours(cpu, raised, stepping) or exception(cpu, raised)
+        return self._ours(cpu, raised) or exception(cpu, raised)
 
-    def _ours(self, cpu: int, raised: GuestException, stepping: bool) -> Stop | None:
+    def _ours(self, cpu: int, raised: GuestException) -> Stop | None:
         """The stop that a ring-3 exception is, if a breakpoint or TF of ours raised it."""
         planted = self.points.planted
         if raised.vector == BREAKPOINT and planted.get(raised.rip - 1) == INT3:
@@ -360,12 +372,16 @@ class Control:
         vcpu = self.machine.cpus[cpu]
         for vector in self.points.handlers[pc]:
             raised = pushed(self.memory.read_ram, vcpu, vector)
-            if raised is None or not self._is_ours(cpu, raised):
-                continue
-            take_back(self.memory.read_ram, vcpu, raised)
-            stop = self._ours(cpu, raised, stepping)
-            # A step that was cut short earlier: the guest goes on.
-            return None if stop is not None and stop.reason == "step" and not stepping else stop
+            if raised is not None and self._is_ours(cpu, raised):
+                take_back(self.memory.read_ram, vcpu, raised)
+                stop = self._ours(cpu, raised)
+                # A step that was cut short earlier: the guest goes on.
+                return None if stop is not None and stop.reason == "step" and not stepping else stop
+            if stepping and raised is not None and raised.rflags & _TF and cpu in self._stray:
+                # The instruction raised an exception of its own: the step ends in its handler.
+                clear_pushed_flag(self.memory, vcpu, vector)
+                self._stray.discard(cpu)
+                return Stop(cpu, SIGTRAP, "step")
         if pc in self.points.planted:
             return Stop(cpu, SIGTRAP, "swbreak")
         return self._over(cpu, pc)

@@ -9,7 +9,7 @@ from typing import Protocol, TypeAlias
 
 from kvmpy.gdb.stops import Ended, Failed, Stop
 
-__all__ = ["Came", "Watch", "run_together"]
+__all__ = ["Came", "Watch", "readable", "run_together", "wants_stop"]
 
 Came: TypeAlias = Stop | Ended | Failed
 
@@ -24,10 +24,18 @@ class Watch(Protocol):
         """Whether it wants the guest to stop; asked when there was something to read."""
 
 
+def readable(fds: Iterable[int], timeout: float | None = None) -> set[int]:
+    """Which of these descriptors have something to read, or are at their end."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return {fd for fd, _ in poll.poll(None if timeout is None else 1000 * timeout)}
+
+
 def wants_stop(watch: Watch, timeout: float = 0.0) -> bool:
     """Whether a `watch` ends the run, within so many seconds."""
     fd = watch.fileno()
-    return fd >= 0 and bool(select.select([fd], [], [], timeout)[0]) and watch.interrupted()
+    return fd >= 0 and bool(readable([fd], timeout)) and watch.interrupted()
 
 
 def run_together(
@@ -63,7 +71,7 @@ def run_together(
             thread.start()
         while running:
             fds = [read_end, *([watch.fileno()] if watch.fileno() >= 0 else [])]
-            if read_end in select.select(fds, [], [])[0]:
+            if read_end in readable(fds):
                 os.read(read_end, len(threads))
             elif watch.interrupted():
                 interrupted = True

@@ -1,6 +1,5 @@
 """One connection of gdb's after the other: sockets around the stub, the guest in between."""
 
-import select
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from kvmpy.devices import exit_status
 from kvmpy.errors import ConfigError, UnsupportedError
 from kvmpy.gdb.address import Address, listen, parse_address
 from kvmpy.gdb.control import Control
-from kvmpy.gdb.crew import Came
+from kvmpy.gdb.crew import Came, readable
 from kvmpy.gdb.host import probe_host
 from kvmpy.gdb.monitor import Monitor
 from kvmpy.gdb.packets import Event, Link
@@ -56,7 +55,7 @@ class _Connection:
     def next(self) -> Event | None:
         """Wait for an event; None once the connection is lost."""
         while not self.waiting and not self.lost:
-            select.select([self.sock], [], [])
+            readable([self.sock.fileno()])
             self.waiting.extend(self._receive())
         return self.waiting.popleft() if self.waiting else None
 
@@ -146,7 +145,7 @@ class _Server:
             self.control.release()
 
     def _session(self) -> _Over:
-        select.select([self.door], [], [])
+        readable([self.door.fileno()])
         sock, _ = self.door.accept()
         with sock:
             sock.settimeout(_PATIENCE)

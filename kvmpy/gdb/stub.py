@@ -20,6 +20,7 @@ _ERROR: Final = b"E01"
 _NO_MEMORY: Final = b"E0e"  # EFAULT
 _MOST: Final = PACKET_SIZE // 2
 _HEX: Final = re.compile(rb"[0-9a-fA-F]+\Z")
+_SPECIAL: Final = re.compile(rb"[^ -~]|[#$*}]")
 _DIGITS: Final = 16
 _SHARED: Final = (RIP, RSP)
 """Registers that a stop reply brings along."""
@@ -59,7 +60,7 @@ class Stub:
         self.target = target
         self.stop = Stop(0, SIGTRAP)
         """Why the guest stands still."""
-        self._general = self._resumed = 0  # vCPUs of Hg and Hc; -1: all
+        self._general, self._resumed = 0, -1  # vCPUs of Hg and Hc; -1: all
 
     def handle(self, data: bytes) -> Answer:
         """Answer a packet; an empty answer for one that is not known."""
@@ -69,7 +70,7 @@ class Stub:
         except _MalformedError:
             return _ERROR
         except KvmpyError as error:
-            return b"E." + str(error).encode("ascii", "replace")
+            return b"E." + _SPECIAL.sub(b"'", str(error).encode("ascii", "replace"))
 
     # What the guest is doing ------------------------------------------------------------------
 

@@ -10,23 +10,36 @@ written to the stack lies below ring 0's stack pointer of then, where nothing is
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from kvmpy.gdb.memory import GuestMemory
 from kvmpy.modes import Layout
 from kvmpy.vcpu import VCPU
 from kvmpy.views.descriptors import look_up
 from kvmpy.views.gates import Gate, gate_at
 from kvmpy.views.linear import read_linear
-from kvmpy.views.pages import Read
-from kvmpy.x86.exceptions import GuestException, decode_exception
-from kvmpy.x86.flags import CR0, EFER
+from kvmpy.views.pages import Read, page_walk
+from kvmpy.x86.exceptions import ERROR_CODE_VECTORS, GuestException, decode_exception
+from kvmpy.x86.flags import CR0, EFER, RFLAGS
 from kvmpy.x86.segments import Segment
 from kvmpy.x86.state import SpecialRegisters
 from kvmpy.x86.tables import STUB_SIZE
 
-__all__ = ["BREAKPOINT", "DEBUG", "INVALID_OPCODE", "Trap", "pushed", "take_back", "traps"]
+__all__ = [
+    "BREAKPOINT",
+    "DEBUG",
+    "EXCEPTION_VECTORS",
+    "INVALID_OPCODE",
+    "Trap",
+    "clear_pushed_flag",
+    "pushed",
+    "take_back",
+    "traps",
+]
 
 DEBUG, BREAKPOINT, INVALID_OPCODE = 1, 3, 6
 _DPL3: Final = 3 << 5
-_PRESENT: Final = 0x80
+_NEEDED: Final = frozenset({DEBUG, BREAKPOINT})
+EXCEPTION_VECTORS: Final = tuple(range(32))
+_RESERVED: Final = 12
 
 
 class Trap(NamedTuple):
@@ -44,8 +57,8 @@ def traps(
     """What stops the guest at these exceptions of ring 3.
 
     None for those that kvmpy's reporting stubs tell of anyway, and for those that cannot be:
-    without an IDT that has room for the vector and any handler at all. #UD is only looked at
-    where it has a handler.
+    without an IDT that has room for the vector and any handler at all. Of others than #DB and
+    #BP, only those that have a handler.
     """
     if not special.cr0 & CR0.PE:
         return
@@ -58,13 +71,29 @@ def traps(
             yield Trap(vector, gate.offset)
             continue
         size = 16 if special.efer & EFER.LMA else 8
-        if vector == INVALID_OPCODE or (vector + 1) * size > special.idt.limit + 1:
+        if vector not in _NEEDED or (vector + 1) * size > special.idt.limit + 1:
             continue
-        donor = gate if _usable(gate) else _any_gate(read, special)
+        where = special.idt.base + vector * size
+        if _usable(gate):  # but not for ring 3
+            yield Trap(vector, gate.offset, where, _entry(gate.raw, gate.offset))
+            continue
+        donor = _any_gate(read, special)
         if donor is not None:
-            entry = bytearray(donor.raw)
-            entry[5] |= _DPL3
-            yield Trap(vector, donor.offset, special.idt.base + vector * size, bytes(entry))
+            # The last four bytes of a long-mode gate mean nothing: a place that nobody runs.
+            place = where + _RESERVED
+            if size <= _RESERVED or not page_walk(read, special, place, "fetch", cpl=0).allowed:
+                place = donor.offset
+            yield Trap(vector, place, where, _entry(donor.raw, place))
+
+
+def _entry(raw: bytes, offset: int) -> bytes:
+    """A gate like `raw` that leads to `offset`, and that ring 3's int3 may use."""
+    entry = bytearray(raw)
+    entry[0:2], entry[6:8] = offset.to_bytes(8, "little")[0:2], offset.to_bytes(8, "little")[2:4]
+    if len(raw) > _RESERVED:
+        entry[8:12] = offset.to_bytes(8, "little")[4:8]
+    entry[5] |= _DPL3
+    return bytes(entry[:_RESERVED])
 
 
 def _usable(gate: Gate) -> bool:
@@ -86,6 +115,14 @@ def pushed(read: Read, cpu: VCPU, vector: int) -> GuestException | None:
         return None
     raised = decode_exception(vector, frame, special.cr2, bits)
     return raised if raised.cs & 3 == 3 else None
+
+
+def clear_pushed_flag(memory: GuestMemory, cpu: VCPU, vector: int) -> None:
+    """Take RFLAGS.TF out of the frame of a vCPU at the start of a handler of long mode."""
+    special = cpu.get_sregs()
+    place = cpu.get_regs().rsp + 8 * (2 + (vector in ERROR_CODE_VECTORS))
+    flags = int.from_bytes(memory.read(special, place, 8), "little") & ~int(RFLAGS.TF)
+    memory.write(special, place, flags.to_bytes(8, "little"))
 
 
 def take_back(read: Read, cpu: VCPU, raised: GuestException) -> None:
