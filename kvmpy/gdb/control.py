@@ -276,14 +276,27 @@ class Control:
             self._set_debug(cpu, not plain, self.points.registers(lifted=pc))
             came = None
             while came is None:
-                result = self.machine.run(timeout=_SLICE, cpu=cpu)
-                came = self._judged(cpu, result, stepping=True)
+                came = self._step_on(cpu, registers.rip)
                 if came is None and wants_stop(watch):
                     came = Stop(cpu, SIGINT)
             self._set_debug(cpu, False, self.points.registers())
         if by_flag:
             self._clear_flag(cpu)
         return came
+
+    def _step_on(self, cpu: int, start: int) -> Came | None:
+        """Go on with a step that began at RIP = `start`, until it ends, or an exit of it is served.
+
+        Where an exit comes after RIP has moved on, as that of OUT does, KVM forgets that a step
+        ends there, and runs the next instruction as well.
+        """
+        result = self.machine.run(timeout=_SLICE, max_exits=1, cpu=cpu)
+        if result.outcome != "max-exits":
+            return self._judged(cpu, result, stepping=True)
+        if result.registers.rip == start:
+            return None
+        self._settle(cpu)
+        return Stop(cpu, SIGTRAP, "step")
 
     def _vectors(self) -> set[int]:
         return {vector for vectors in self.points.handlers.values() for vector in vectors}

@@ -18,7 +18,7 @@ class Watch(Protocol):
     """What may end a run from outside: gdb's connection, or the socket where it may come in."""
 
     def fileno(self) -> int:
-        """What to look at for something to read; -1 for nothing."""
+        """What to look at for something to read; -1 if there is nobody any more."""
 
     def interrupted(self) -> bool:
         """Whether it wants the guest to stop; asked when there was something to read."""
@@ -35,7 +35,7 @@ def readable(fds: Iterable[int], timeout: float | None = None) -> set[int]:
 def wants_stop(watch: Watch, timeout: float = 0.0) -> bool:
     """Whether a `watch` ends the run, within so many seconds."""
     fd = watch.fileno()
-    return fd >= 0 and bool(readable([fd], timeout)) and watch.interrupted()
+    return fd < 0 or (bool(readable([fd], timeout)) and watch.interrupted())
 
 
 def run_together(
@@ -70,8 +70,11 @@ def run_together(
         for thread in threads.values():
             thread.start()
         while running:
-            fds = [read_end, *([watch.fileno()] if watch.fileno() >= 0 else [])]
-            if read_end in readable(fds):
+            fd = watch.fileno()
+            if fd < 0:
+                interrupted = True
+                break
+            if read_end in readable([read_end, fd]):
                 os.read(read_end, len(threads))
             elif watch.interrupted():
                 interrupted = True

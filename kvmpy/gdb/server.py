@@ -164,6 +164,8 @@ class _Server:
                 continue  # it is stopped already
             answer = self.stub.handle(event.data) if event.kind == "packet" else b"E16"
             match answer:
+                case Resume() if connection.lost:
+                    break  # nobody would ever stop it
                 case Resume(actions):
                     over = self._resume(connection, actions)
                     if over is not None:
