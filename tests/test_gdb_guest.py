@@ -3,16 +3,20 @@
 import struct
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from gdbclient import Client, Served, served
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvmpy import ConfigError, HostError, Machine, assemble
+from kvmpy import ConfigError, Debug, HostError, Machine, Result, UnsupportedError, assemble
 from kvmpy.boot import load_image
+from kvmpy.gdb.control import Control
 from kvmpy.gdb.description import REGISTERS
+from kvmpy.gdb.host import Host
 from kvmpy.gdb.packets import frame
+from kvmpy.gdb.stops import Action, Stop
 from kvmpy.probe import probe
 from kvmpy.x86.segments import DescriptorTable
 
@@ -343,6 +347,68 @@ def test_what_cannot_be_served(tmp_path: Path) -> None:
             machine.gdb(0)
 
 
+# What other hosts have ------------------------------------------------------------------------
+
+EVERYTHING = Host(*[True] * 7)
+NOTHING = Host(*[False] * 7)
+
+
+def debug(machine: Machine, pc: int, dr6: int, vector: int = 1) -> Result:
+    """What KVM_EXIT_DEBUG at `pc` makes of a run."""
+    registers = machine.cpus[0].get_regs()
+    registers.rip = pc
+    return Result("debug", registers.pack(), 0.0, exit=Debug(vector, pc, dr6, 0))
+
+
+def test_debug_exits_of_hosts_that_have_all_of_them() -> None:
+    with Machine("1M") as machine:
+        machine.load(bytes.fromhex("9090909090f4"))
+        control = Control(machine, EVERYTHING)
+        points, special = control.points, machine.cpus[0].get_sregs()
+        points.insert(0, 0x1001, 1, special)
+        points.insert(1, 0x1002, 1, special)
+        for kind, address in ((2, 0x8000), (3, 0x8008), (4, 0x8010)):
+            points.insert(kind, address, 8, special)
+        with pytest.raises(ConfigError, match="4 debug registers"):
+            points.insert(2, 0x8018, 8, special)
+        points.remove(1, 0x1002)
+        points.insert(1, 0x1003, 1, special)
+        expected = {0x8000: "w8", 0x8008: "rw8", 0x8010: "rw8", 0x1003: "x"}
+        assert points.registers() == expected
+        assert points.registers(lifted=0x1003).keys() == {0x8000, 0x8008, 0x8010}
+        control._set_debug(0, False, points.registers())
+        points.arm(machine.cpus)
+        assert machine.memory.read(0x1000, 5) == bytes.fromhex("90cc909090")
+        found = [
+            control._judged(0, debug(machine, 0x1000, dr6, vector), stepping=False)
+            for dr6, vector in ((1, 1), (2, 1), (4, 1), (8, 1), (1 << 14, 1))
+        ]
+        assert [(one.reason, one.address) for one in found if isinstance(one, Stop)] == [
+            *(("watch", 0x8000), ("rwatch", 0x8008), ("awatch", 0x8010)),
+            *(("hwbreak", 0), ("step", 0)),
+        ]
+        one = control._judged(0, debug(machine, 0x1001, 0, 3), stepping=False)
+        assert isinstance(one, Stop) and one.reason == "swbreak"
+        one = control._judged(0, debug(machine, 0x1004, 0, 3), stepping=False)
+        assert isinstance(one, Stop) and "of the guest's own" in one.text
+        points.disarm()
+        assert machine.memory.read(0x1000, 5) == bytes.fromhex("9090909090")
+        control.release()
+
+
+def test_a_host_that_has_none_of_them_is_told_of() -> None:
+    with Machine("1M") as machine:
+        machine.load(b"\x90\xf4")
+        control = Control(machine, NOTHING)
+        special = machine.cpus[0].get_sregs()
+        for kind in (1, 2, 3, 4):
+            with pytest.raises(UnsupportedError, match="this KVM has no"):
+                control.points.insert(kind, 0x1000, 1, special)
+        with socket.socket() as sock, pytest.raises(UnsupportedError, match="no single-stepping"):
+            watch = SimpleNamespace(fileno=sock.fileno, interrupted=lambda: False)
+            control.resume({0: Action("s")}, watch)
+
+
 # Several vCPUs --------------------------------------------------------------------------------
 
 TWO = assemble(
@@ -553,7 +619,8 @@ def test_who_resumes_and_leaves_at_once_leaves_a_guest_that_is_stopped(
         for times in (1, 5):
             with one.client() as gdb:
                 gdb.sock.sendall(frame(packet) * times)
-            one.wait(lambda lines=1 + (times > 1) + 1: len(one.lines) >= lines)  # type: ignore[misc]
+            one.wait(lambda: "gdb is gone" in one.lines[-1])
+            one.lines.append("and again")
         with one.client() as gdb:
             assert gdb.ask(b"?").startswith(b"T")
 

@@ -160,7 +160,7 @@ class Control:
             for cpu in cpus:
                 self._set_debug(cpu, False, self.points.registers())
             found, interrupted = run_together(cpus, self._run_on, self._kick, watch)
-            return self._first(found, interrupted, cpus[0])
+            return self._first(found, interrupted, self._last if self._last in cpus else cpus[0])
 
     def _first(self, found: list[Came], interrupted: bool, cpu: int) -> Came:
         """What to tell of several things that came: failures, then stops, then ends."""
