@@ -1,5 +1,6 @@
 """Guests under the debugger, by a client of the tests' own: each mode, rings, vCPUs, ends."""
 
+import socket
 import struct
 import time
 from pathlib import Path

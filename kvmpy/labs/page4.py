@@ -49,7 +49,9 @@ def _leads_to_the_frame(run: Run) -> Finding:
     if walk.physical != _FRAME:
         return Finding(False, f"{linear:#x} leads to {walk.physical:#x}, not to {_FRAME:#x}")
     if walk.page_size != PAGE_4K:
-        return Finding(False, f"{linear:#x} leads to a page of {walk.page_size:#x} bytes, not 4 KiB")
+        return Finding(
+            False, f"{linear:#x} leads to a page of {walk.page_size:#x} bytes, not 4 KiB"
+        )
     return Finding(True, f"{linear:#x} leads to {_FRAME:#x} by a page of 4 KiB")
 
 
