@@ -89,6 +89,11 @@ class Copying(Running):
         self._at = made
         return made
 
+    @property
+    def last_snapshot(self) -> Snapshot | None:
+        """The snapshot that the machine was at last: taken of it, or gone back to."""
+        return self._at
+
     def restore(self, snapshot: Snapshot, *, across_backends: bool = False) -> Restored:
         """Bring the whole machine back to a snapshot of it, or of another of the same shape.
 

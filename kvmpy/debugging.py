@@ -1,16 +1,22 @@
-"""The part of a machine that gdb debugs."""
+"""The part of a machine that gdb debugs, and that tells why a guest died."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
+from kvmpy.boot.segments import Image
 from kvmpy.errors import ConfigError
 from kvmpy.result import Result
 from kvmpy.running import Running
+from kvmpy.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from kvmpy.autopsy import Autopsy
 
 __all__ = ["Debugging"]
 
 
 class Debugging(Running):
-    """Serving gdb (see docs/gdb.md)."""
+    """Serving gdb (see docs/gdb.md), and the autopsy (docs/autopsy.md)."""
 
     def gdb(
         self, address: str | int, announce: Callable[[str], object] | None = None
@@ -29,3 +35,24 @@ class Debugging(Running):
         if self._posted:
             raise ConfigError("posted_console hides exits: make the machine without it for gdb")
         return serve(self, address, announce)
+
+    def autopsy(
+        self,
+        result: Result | None = None,
+        *,
+        start: Snapshot | Image | None = None,
+        last: Sequence[str] | None = None,
+        cpu: int = 0,
+    ) -> "Autopsy":
+        """Why the guest died: a triple fault, a refused entry, an emulator's gap, an exception.
+
+        `result` is that of the run that ended so; without it, the last exit counts. The state is
+        looked at and stays as it is. Where it does not settle the matter, copies of the guest run
+        to the same end from `start`, or from the machine's last snapshot: with deadlines, without
+        input. `last` are lines on what came before, by default those of the recorder.
+
+        What fails in it is told in the answer (`Autopsy.failure`) and raises nothing.
+        """
+        from kvmpy.autopsies import autopsy_of
+
+        return autopsy_of(self, result, start, last, cpu)

@@ -27,7 +27,7 @@ ROOMS = (
         "kvm",
     },
     {"devices", "asm"},
-    {"boot", "snapshot", "trace"},
+    {"boot", "snapshot", "trace", "autopsy"},
     {
         "console",
         "dispatch",
@@ -46,6 +46,7 @@ ROOMS = (
         # gdb asks what the host can do, by probes, which are machines.
         "debugging",
         "gdb",
+        "autopsies",
     },
     {"pytest", "repeat", "spares", "coverage"},
     {"bench", "labs", "pool"},

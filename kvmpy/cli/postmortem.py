@@ -1,16 +1,21 @@
 """What `kvmpy run` prints of a guest that crashed: registers, code, and what to try."""
 
 import sys
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from kvmpy.boot.image import Image
 from kvmpy.errors import KvmpyError
 from kvmpy.exits import InternalError
 from kvmpy.machine import Machine
 from kvmpy.result import OUTCOMES, Result
+from kvmpy.snapshot import Snapshot
 from kvmpy.x86.registers import REGISTER_NAMES
 from kvmpy.x86.state import SpecialRegisters
 
-__all__ = ["disassemble", "postmortem"]
+__all__ = ["autopsy", "disassemble", "postmortem"]
+
+if TYPE_CHECKING:
+    from kvmpy.autopsy import Autopsy
 
 _HINTS: Final = {
     "shutdown": "an exception met no handler: load an IDT, check the stack and the page tables; "
@@ -51,8 +56,21 @@ def postmortem(machine: Machine, result: Result) -> None:
     text += [f"  {line}" for line in disassemble(machine, special, rip, code)]
     hint = _NOWHERE if text[-1].endswith("no memory") else _HINTS[result.outcome]
     text.append(f"  try: {hint}")
+    _write("\n".join(text))
+
+
+def autopsy(machine: Machine, result: Result, start: Image | Snapshot) -> "Autopsy | None":
+    """Write why the guest died to standard error; None where the outcome says it all."""
+    if result.outcome == "unclaimed":
+        return None
+    found = machine.autopsy(result, start=start)
+    _write("\n".join(f"  {line}" for line in str(found).splitlines()))
+    return found
+
+
+def _write(text: str) -> None:
     try:
-        sys.stderr.write("\n".join(text) + "\n")
+        sys.stderr.write(text + "\n")
         sys.stderr.flush()
     except (OSError, ValueError, AttributeError):
         pass  # standard error is closed

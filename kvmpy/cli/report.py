@@ -3,12 +3,15 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvmpy.errors import ConfigError
 from kvmpy.kvm import backend
 from kvmpy.machine import Machine
 from kvmpy.result import Result
+
+if TYPE_CHECKING:
+    from kvmpy.autopsy import Autopsy
 
 __all__ = ["Report"]
 
@@ -19,6 +22,8 @@ class Report:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.mode = ""
+        self.autopsy: Autopsy | None = None
+        """Goes into the report."""
         if path is not None and path.is_dir():
             raise ConfigError(f"cannot write the report {path}: it is a directory")
         if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -63,6 +68,7 @@ class Report:
                 **facts,
                 "mode": self.mode,
                 "backend": backend(),
+                "autopsy": None if self.autopsy is None else self.autopsy.as_dict(),
                 # Bytes that are no UTF-8 become lone surrogates, and can be turned back:
                 # console.encode("utf-8", "surrogateescape").
                 "console": machine.console.decode("utf-8", "surrogateescape"),

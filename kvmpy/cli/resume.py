@@ -5,7 +5,16 @@ from pathlib import Path
 import click
 
 from kvmpy.cli.report import Report
-from kvmpy.cli.run import GDB, INPUT, MAX_EXITS, REPORT, TIMEOUT, input_of, run_machine
+from kvmpy.cli.run import (
+    GDB,
+    INPUT,
+    MAX_EXITS,
+    NO_AUTOPSY,
+    REPORT,
+    TIMEOUT,
+    input_of,
+    run_machine,
+)
 from kvmpy.cli.stdio import write_output
 from kvmpy.machine import Machine
 from kvmpy.snapshot import Snapshot
@@ -24,6 +33,7 @@ __all__ = ["resume"]
               help="Try it though it was saved under another backend.")  # fmt: skip
 @GDB
 @REPORT
+@NO_AUTOPSY
 def resume(
     *,
     file: Path,
@@ -34,6 +44,7 @@ def resume(
     across_backends: bool,
     gdb: str | None,
     report_path: Path | None,
+    no_autopsy: bool,
 ) -> int:
     """Go on with the guest saved in FILE; console, report and exit status are those of run."""
     report = Report(report_path)
@@ -43,4 +54,5 @@ def resume(
     with Machine.from_snapshot(
         snapshot, output=write_output, input=source, across_backends=across_backends
     ) as machine:
-        return run_machine(machine, report, timeout, max_exits, gdb)
+        start = None if no_autopsy else snapshot
+        return run_machine(machine, report, timeout, max_exits, gdb=gdb, start=start)

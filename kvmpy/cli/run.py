@@ -9,7 +9,7 @@ import click
 from kvmpy.boot.image import Image, load_image
 from kvmpy.cli import HOST_FAILED, INTERRUPTED, complain
 from kvmpy.cli.options import ADDRESS, SIZE
-from kvmpy.cli.postmortem import postmortem
+from kvmpy.cli.postmortem import autopsy, postmortem
 from kvmpy.cli.report import Report
 from kvmpy.cli.stdio import input_file, read_input, write_output
 from kvmpy.devices import exit_status
@@ -17,6 +17,7 @@ from kvmpy.errors import ConfigError, HostError
 from kvmpy.machine import Machine
 from kvmpy.modes import MODES
 from kvmpy.result import Result
+from kvmpy.snapshot import Snapshot
 
 __all__ = [
     "CRASHED",
@@ -24,6 +25,7 @@ __all__ = [
     "INPUT",
     "KILLED",
     "MAX_EXITS",
+    "NO_AUTOPSY",
     "REPORT",
     "TIMED_OUT",
     "TIMEOUT",
@@ -81,6 +83,9 @@ REPORT: Final = click.option(
 GDB: Final = click.option(
     "--gdb", metavar="ADDR", help="Wait for gdb at PORT on loopback, HOST:PORT or unix:PATH."
 )
+NO_AUTOPSY: Final = click.option(
+    "--no-autopsy", is_flag=True, help="Do not look for the reason of a crash."
+)
 
 
 def image_of(guest: str, mode: str, ring: str | None, load: int | None, entry: int | None) -> Image:
@@ -103,6 +108,7 @@ def input_of(path: Path | None) -> Callable[[], bytes]:
               help="Let KVM collect console bytes: cheaper, up to 50 ms late.")  # fmt: skip
 @GDB
 @REPORT
+@NO_AUTOPSY
 def run(
     *,
     guest: str,
@@ -118,6 +124,7 @@ def run(
     posted_console: bool,
     gdb: str | None,
     report_path: Path | None,
+    no_autopsy: bool,
 ) -> int:
     """Run GUEST: a .S source, a static ELF64, a flat binary, or a shipped guest's name.
 
@@ -137,7 +144,8 @@ def run(
         posted_console=posted_console,
     )
     with machine:
-        return run_machine(machine, report, timeout, max_exits, gdb)
+        start = None if no_autopsy else image
+        return run_machine(machine, report, timeout, max_exits, gdb=gdb, start=start)
 
 
 def run_machine(
@@ -145,9 +153,14 @@ def run_machine(
     report: Report,
     timeout: float | None,
     max_exits: int | None,
+    *,
     gdb: str | None = None,
+    start: Image | Snapshot | None = None,
 ) -> int:
-    """Run it, or have gdb run it; say how it ended, and give the exit status."""
+    """Run it, or have gdb run it; say how it ended, and give the exit status.
+
+    If it crashes, the autopsy replays it from `start` where it must; None is no autopsy.
+    """
     try:
         if gdb is None:
             result = machine.run(timeout=timeout, max_exits=max_exits)
@@ -175,6 +188,8 @@ def run_machine(
         complain(f"no device claims {line}")
     if result.crashed:
         postmortem(machine, result)
+        if start is not None:
+            report.autopsy = autopsy(machine, result, start)
     elif status in (TIMED_OUT, HOST_FAILED) and result.outcome != "debug-exit":
         complain(str(result))
     return report.finished(machine, result, status)

@@ -1,0 +1,184 @@
+"""The diagnosis from a dead guest's state: the first fault, its chain, and the cause."""
+
+from typing import Final, NamedTuple
+
+from kvmpy.autopsy.delivery import chain
+from kvmpy.autopsy.fault import GP, UD, Fault
+from kvmpy.autopsy.instruction import Instruction, decode
+from kvmpy.autopsy.memory import check_fetch, check_touch
+from kvmpy.autopsy.scene import Scene
+from kvmpy.autopsy.system import check_instruction
+from kvmpy.autopsy.transfers import check_transfer
+from kvmpy.autopsy.zeros import check_zeros
+from kvmpy.views.descriptors import look_up
+from kvmpy.x86.exceptions import EXCEPTIONS, GuestException
+from kvmpy.x86.flags import CR0
+
+__all__ = ["Finding", "explain_exception", "explain_gap", "explain_shutdown", "first_fault"]
+
+_ALIGNED: Final = ("movaps", "movapd", "movdqa", "movntps", "movntdq", "movntpd")
+
+
+class Finding(NamedTuple):
+    """The cause, the faults in order, the instruction's text, and whether it fits the outcome."""
+
+    cause: str
+    faults: tuple[Fault, ...]
+    instruction: str
+    settled: bool
+    notes: tuple[str, ...] = ()
+
+
+def first_fault(scene: Scene) -> tuple[Fault | None, Instruction | None]:
+    """What the instruction at RIP raises, and the instruction."""
+    fault = check_fetch(scene)
+    if fault is not None:
+        return fault, None
+    instruction = decode(scene)
+    if instruction is None:
+        code = scene.instruction_bytes
+        beyond = scene.walk(scene.linear + len(code), "fetch")
+        if len(code) < 15 and not beyond.allowed:
+            what = f"the instruction at rip {scene.registers.rip:#x} goes on in another page"
+            return Fault("page-not-present", f"{what}: {beyond.why}", 14, beyond.error_code), None
+        why = f"{code[:8].hex(' ')} is no instruction in {scene.mode}"
+        return Fault("invalid-opcode", why, UD), None
+    return _raised(scene, instruction), instruction
+
+
+def _raised(scene: Scene, instruction: Instruction) -> Fault | None:
+    fault = check_instruction(scene, instruction)
+    if fault is not None:
+        return fault
+    for touch in instruction.touches():
+        fault = check_touch(scene, touch)
+        if fault is not None:
+            return fault
+        if instruction.mnemonic in _ALIGNED and touch.linear % touch.size:
+            why = f"{touch.what}, which is no multiple of {touch.size}"
+            return Fault("unaligned", why, GP, 0, touch.linear)
+    return check_transfer(scene, instruction)
+
+
+def _cause_of(scene: Scene, faults: tuple[Fault, ...]) -> tuple[str, tuple[str, ...]]:
+    """The cause that counts, and notes: a trap's is that nobody handled it."""
+    first = faults[0]
+    cause = first.cause
+    if first.deliberate and len(faults) > 1:
+        cause = faults[1].cause
+    size = _wrong_size(scene)
+    if size:
+        return "wrong-code-size", (size,)
+    zeros = check_zeros(scene)
+    if zeros is not None:
+        return zeros
+    return cause, ()
+
+
+def _wrong_size(scene: Scene) -> str:
+    """A note where 16-bit code runs in protected or long mode, by a descriptor that says so."""
+    if scene.mode.bits != 16 or not scene.special.cr0 & CR0.PE:
+        return ""
+    selector = scene.special.cs.selector
+    segment = look_up(scene.read, scene.special, selector).segment
+    if not selector & ~3 or segment is None or not segment.s or not segment.type & 8:
+        return ""
+    if segment.db or segment.l:
+        return ""
+    return f"CS is {selector:#x}, whose descriptor has L = 0 and D = 0: the code is read as 16-bit"
+
+
+def explain_shutdown(scene: Scene) -> Finding:
+    """A triple fault, from the state that it left."""
+    fault, instruction = first_fault(scene)
+    text = _text(scene, instruction)
+    if fault is None:
+        fault = _unseen(scene, instruction)
+    if fault is None:
+        return Finding("unknown", (), text, False)
+    faults, shuts_down = chain(scene, fault)
+    cause, notes = _cause_of(scene, faults)
+    return Finding(cause, faults, text, shuts_down, notes)
+
+
+def _unseen(scene: Scene, instruction: Instruction | None) -> Fault | None:
+    """What an instruction has raised that nothing but the processor can know."""
+    if instruction is None:
+        return None
+    name = instruction.mnemonic
+    if name in ("rdmsr", "wrmsr"):
+        index = scene.register("ecx")
+        value = scene.register("edx") << 32 | scene.register("eax")
+        word = f"of {value:#x} to" if name == "wrmsr" else "of"
+        why = f"{name} {word} MSR {index:#x}, which the host's KVM refuses"
+        return Fault("bad-msr", why, GP, 0)
+    target = instruction.register_operand(0)
+    if name != "mov" or not target.startswith("cr"):
+        return None
+    value = instruction.value(1) or 0
+    if (
+        target == "cr0"
+        and value & CR0.PG
+        and not scene.special.cr0 & CR0.PG
+        and not scene.mode.long
+    ):
+        why = f"CR0 = {value:#x} sets PG outside of long mode, which this host's KVM refuses"
+        return Fault("host-lacks-paging", why, GP, 0)
+    why = f"{target.upper()} = {value:#x}, which the host's KVM refuses"
+    return Fault("reserved-control-bit", why, GP, 0)
+
+
+def explain_gap(scene: Scene, reason: str, suberror: int) -> Finding:
+    """An internal error: KVM could not go on."""
+    fault = check_fetch(scene)
+    if fault is not None:
+        notes = _where_from(scene)
+        return Finding(fault.cause, (fault,), _text(scene, None), True, notes)
+    instruction = decode(scene)
+    text = _text(scene, instruction)
+    if suberror == 3:
+        return Finding("delivery-exit", (Fault("delivery-exit", reason),), text, True)
+    size = _wrong_size(scene)
+    gap = Fault("emulator-lacks", f"{text.partition(' (')[0]}: {reason}")
+    if size:
+        return Finding("wrong-code-size", (gap,), text, True, (size,))
+    zeros = check_zeros(scene)
+    if zeros is not None:
+        return Finding(zeros[0], (gap,), text, True, zeros[1])
+    if instruction is not None:
+        raised = check_instruction(scene, instruction)
+        if raised is not None and not raised.deliberate:
+            note = f"where it is emulated it raises {raised.name}: {raised.why}"
+            return Finding("emulator-lacks", (gap,), text, True, (note,))
+    return Finding("emulator-lacks", (gap,), text, True)
+
+
+def explain_exception(scene: Scene, exception: GuestException) -> Finding:
+    """An exception of ring 3's that a reporting stub has told of: `scene` is that of ring 3."""
+    fault, instruction = first_fault(scene)
+    text = _text(scene, instruction)
+    if fault is None or fault.vector != exception.vector:
+        seen = _unseen(scene, instruction)
+        fault = seen if seen is not None and seen.vector == exception.vector else None
+    if fault is None:
+        why = f"{EXCEPTIONS.get(exception.vector, ('', 'an interrupt'))[1]}, as the frame says"
+        found = Fault("unknown", why, exception.vector, exception.error_code, exception.address)
+        return Finding("unknown", (found,), text, True)
+    zeros = check_zeros(scene)
+    cause, notes = zeros if zeros is not None else (fault.cause, ())
+    return Finding(cause, (fault,), text, True, notes)
+
+
+def _where_from(scene: Scene) -> tuple[str, ...]:
+    """A note where the stack tells how the guest came to RIP."""
+    if scene.mode.bits == 64 and scene.stack_slot(-1, 8) == scene.registers.rip:
+        return ("the word below RSP is RIP: a RET has popped it, so look at who pushed it",)
+    return ()
+
+
+def _text(scene: Scene, instruction: Instruction | None) -> str:
+    if instruction is not None:
+        return f"{instruction.text} ({scene.mode}, ring {scene.cpl})"
+    code = scene.instruction_bytes
+    shown = f"{code[:8].hex(' ')}" if code else "no code"
+    return f"{shown} ({scene.mode}, ring {scene.cpl})"

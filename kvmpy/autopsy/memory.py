@@ -1,0 +1,148 @@
+"""Whether an access to memory faults, and why: canonical form, segments, page tables."""
+
+from typing import Final
+
+from kvmpy.autopsy.fault import GP, PF, SS, Fault
+from kvmpy.autopsy.instruction import Touch
+from kvmpy.autopsy.scene import Scene
+from kvmpy.views.formats import canonical_bits, is_canonical
+from kvmpy.views.pages import PageWalk
+from kvmpy.x86.flags import CR0
+
+__all__ = ["check_fetch", "check_touch", "page_fault"]
+
+_PAGE: Final = 4096
+_NEAR_ZERO: Final = 0x1000
+_BIG: Final = {"PT": 1 << 21, "PD": 1 << 30}  # what an entry of the level above maps with PS set
+_REFUSALS: Final = (
+    ("no-execute", "nx"),
+    ("SMEP", "smep"),
+    ("SMAP", "smap"),
+    ("supervisor page", "supervisor-page"),
+    ("read-only", "write-protected"),
+)
+
+
+def check_touch(scene: Scene, touch: Touch) -> Fault | None:
+    """The exception that an access raises, None where it is allowed."""
+    fault = _check_segment(scene, touch)
+    if fault is not None:
+        return fault
+    for linear in {touch.linear, touch.linear + touch.size - 1 & (1 << 64) - 1}:
+        walk = scene.walk(linear, touch.access)
+        if not walk.allowed:
+            return page_fault(scene, walk, touch.what, stack=touch.segment == "ss")
+    return None
+
+
+def _check_segment(scene: Scene, touch: Touch) -> Fault | None:
+    special, stack = scene.special, touch.segment == "ss"
+    vector = SS if stack else GP
+    if scene.mode.bits == 64:
+        bits = canonical_bits(special)
+        if is_canonical(touch.linear, bits) and is_canonical(touch.linear + touch.size - 1, bits):
+            return None
+        why = f"{touch.what}, which is not canonical: bits 63 to {bits - 1} are not all equal"
+        return Fault("non-canonical", why, vector, 0, touch.linear)
+    segment = scene.segment(touch.segment)
+    name = touch.segment.upper()
+    if special.cr0 & CR0.PE:
+        if segment.unusable or not segment.present:
+            return Fault("null-selector", f"{touch.what} through {name}, which is null", GP, 0)
+        writable = not segment.type & 8 and segment.type & 2
+        if touch.access == "write" and not writable:
+            why = f"{touch.what} through {name} {segment.selector:#x}, which is not writable"
+            return Fault("segment-rights", why, vector, 0)
+    mask = 0xFFFF_FFFF if segment.db or not stack else 0xFFFF
+    offset = touch.offset & mask
+    down = not segment.type & 8 and segment.type & 4
+    outside = offset <= segment.limit if down else offset + touch.size - 1 > segment.limit
+    if outside:
+        why = f"{touch.what}: offset {offset:#x} is beyond {name}'s limit {segment.limit:#x}"
+        return Fault("segment-limit", why, vector, 0, touch.linear)
+    return None
+
+
+def check_fetch(scene: Scene) -> Fault | None:
+    """Why no instruction can be fetched at RIP, None where it can."""
+    special, rip = scene.special, scene.registers.rip
+    if scene.mode.bits != 64 and rip > special.cs.limit:
+        why = f"rip {rip:#x} is beyond CS's limit {special.cs.limit:#x}"
+        return Fault("segment-limit", why, GP, 0, scene.linear)
+    walk = scene.walk(scene.linear, "fetch")
+    if walk.end == "not canonical":
+        why = f"rip {rip:#x} is not canonical: {walk.why}"
+        return Fault("non-canonical", why, GP, 0, scene.linear)
+    if not walk.allowed:
+        return page_fault(scene, walk, f"the fetch at rip {rip:#x}", stack=False)
+    if not walk.in_ram:
+        physical = f", physical {walk.physical:#x}" if walk.physical != walk.linear else ""
+        return Fault("no-ram", f"there is no RAM at rip {rip:#x}{physical}", address=walk.linear)
+    return None
+
+
+def page_fault(scene: Scene, walk: PageWalk, what: str, *, stack: bool) -> Fault:
+    """The page fault (or #GP, #SS) that a walk that failed means."""
+    if walk.end == "not canonical":
+        why = f"{what}, which is not canonical: {walk.why}"
+        return Fault("non-canonical", why, SS if stack else GP, 0, walk.linear)
+    cause = _cause(scene, walk, stack)
+    code = walk.error_code
+    return Fault(cause, f"{what}: {walk.why.removesuffix(': #PF')}", PF, code, walk.linear)
+
+
+def _cause(scene: Scene, walk: PageWalk, stack: bool) -> str:
+    if _stack_is_in_tables(scene, walk):
+        return "stack-in-page-tables"
+    if walk.end == "page":
+        return next(cause for words, cause in _REFUSALS if words in walk.why)
+    if _lacks_large_bit(scene, walk):
+        return "missing-ps"
+    if walk.end == "reserved bit":
+        return "reserved-bit"
+    if walk.end == "outside RAM":
+        return "tables-outside-ram"
+    if stack:
+        rsp = scene.registers.rsp
+        return "no-stack" if rsp < _NEAR_ZERO or rsp >= (1 << 64) - _NEAR_ZERO else "stack-unmapped"
+    return "page-not-present"
+
+
+def _lacks_large_bit(scene: Scene, walk: PageWalk) -> bool:
+    """Whether the entry above was meant to map a large page: its "table" is no table.
+
+    It has the address of the page that a walk to this address would be expected to come to, or
+    what is at its address has no entry that is present.
+    """
+    if len(walk.entries) < 2:
+        return False
+    above, last = walk.entries[-2], walk.entries[-1]
+    size = _BIG.get(last.name)
+    if size is None or above.value is None:
+        return False
+    address = above.value & 0xF_FFFF_FFFF_F000
+    if address % size:
+        return False
+    if address == walk.linear & -size:
+        return True
+    table = scene.read(address, _PAGE) or b""
+    return not any(table[at] & 1 for at in range(0, len(table), 8))
+
+
+def _stack_is_in_tables(scene: Scene, walk: PageWalk) -> bool:
+    """Whether RSP, which is taken for a physical address if it leads nowhere, is in a table."""
+    if not walk.entries or walk.end == "page":
+        return False
+    rsp = scene.stack_address(0)
+    physical = scene.walk(rsp, "read").physical
+    top = rsp if physical is None else physical
+    if top < _PAGE:
+        return False  # a stack pointer of zero says nothing
+    last = walk.entries[-1]
+    table = last.address & -_PAGE
+    if not table <= top <= last.address + 8 or top >= table + _PAGE:
+        return False
+    # An empty stack that starts just below the tables points at their first entry, which is sound.
+    first = int.from_bytes(scene.read(top, 8) or b"", "little")
+    sound = first & 1 and scene.read(first & 0xF_FFFF_FFFF_F000, 8) is not None
+    return not (top == table and sound)

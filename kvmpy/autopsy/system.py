@@ -1,0 +1,178 @@
+"""Instructions that raise by themselves: traps, privilege, disabled units, bad operands.
+
+Sources: SDM Vol.2 (each instruction's exceptions), Vol.3 2.8, 5.9 (privileged instructions), 13.1.
+"""
+
+from typing import Final
+
+from kvmpy.autopsy.control import check_move, check_msr
+from kvmpy.autopsy.fault import GP, NM, UD, Fault
+from kvmpy.autopsy.instruction import Instruction
+from kvmpy.autopsy.scene import Scene
+from kvmpy.autopsy.selectors import check_system
+from kvmpy.views.formats import canonical_bits, is_canonical
+from kvmpy.x86.flags import CR0, CR4, RFLAGS
+
+__all__ = ["check_instruction"]
+
+_PRIVILEGED: Final = frozenset(
+    [
+        "hlt",
+        "lgdt",
+        "lidt",
+        "lldt",
+        "ltr",
+        "lmsw",
+        "clts",
+        "invd",
+        "wbinvd",
+        "invlpg",
+        "invpcid",
+        "rdmsr",
+        "wrmsr",
+        "swapgs",
+        "sysexit",
+        "sysexitq",
+        "sysret",
+        "sysretq",
+        "xsetbv",
+        "monitor",
+        "mwait",
+    ]
+)
+_IO: Final = frozenset(("in", "out", "insb", "insw", "insd", "outsb", "outsw", "outsd"))
+_TRAPS: Final = {"int3": 3, "into": 4, "int1": 1}
+_SSE: Final = frozenset(
+    ["sse1", "sse2", "sse3", "ssse3", "sse41", "sse42", "sse4a", "aes", "pclmul", "sha"]
+)
+_WITHOUT_STATE: Final = frozenset(
+    [
+        "prefetcht0",
+        "prefetcht1",
+        "prefetcht2",
+        "prefetchnta",
+        "lfence",
+        "mfence",
+        "sfence",
+        "clflush",
+        "pause",
+        "movnti",
+        "crc32",
+        "popcnt",
+        "monitor",
+        "mwait",
+    ]
+)
+
+
+def check_instruction(scene: Scene, instruction: Instruction) -> Fault | None:
+    """What the instruction raises whatever memory it touches."""
+    name = instruction.mnemonic
+    if name in _TRAPS and (name != "into" or scene.registers.rflags & RFLAGS.OF):
+        vector = _TRAPS[name]
+        return Fault("trap", f"{name} raises it on purpose", vector, deliberate=True)
+    if name == "int":
+        number = instruction.value(0) or 0
+        return Fault("trap", f"int {number:#x} asks for vector {number:#x}", number,
+                     deliberate=True)  # fmt: skip
+    if name in ("ud0", "ud1", "ud2"):
+        return Fault("trap", f"{name} raises it on purpose", UD, deliberate=True)
+    fault = _privilege(scene, instruction) or _units(scene, instruction)
+    if fault is not None:
+        return fault
+    if name == "mov" and instruction.operands:
+        return check_move(scene, instruction)
+    if name in ("wrmsr", "rdmsr"):
+        return check_msr(scene, name)
+    if name in ("ltr", "lldt"):
+        selector = instruction.value(0, 2)
+        register = "TR" if name == "ltr" else "LDTR"
+        return None if selector is None else check_system(scene, selector & 0xFFFF, register)
+    if name in ("lgdt", "lidt"):
+        return _table_register(scene, instruction)
+    if name in ("div", "idiv"):
+        return _divide(scene, instruction)
+    return None
+
+
+def _privilege(scene: Scene, instruction: Instruction) -> Fault | None:
+    name, cpl = instruction.mnemonic, scene.cpl
+    if not cpl:
+        return None
+    iopl = scene.registers.rflags >> 12 & 3
+    registers = {instruction.register_operand(0)[:2], instruction.register_operand(1)[:2]}
+    if name in _PRIVILEGED or (name == "mov" and registers & {"cr", "dr"}):
+        return Fault("privileged", f"{name} in ring {cpl}: only ring 0 may", GP, 0)
+    if name in ("cli", "sti") and iopl < cpl:
+        return Fault("privileged", f"{name} in ring {cpl} with IOPL {iopl}", GP, 0)
+    return None
+
+
+def _units(scene: Scene, instruction: Instruction) -> Fault | None:
+    """Whether x87, SSE or AVX are switched off."""
+    special, name = scene.special, instruction.mnemonic
+    if name in _WITHOUT_STATE:
+        return None
+    if any(group.startswith("avx") for group in instruction.groups):
+        if not special.cr4 & CR4.OSXSAVE:
+            why = f"{name} is AVX, and CR4.OSXSAVE is clear"
+            return Fault("avx-disabled", why, UD)
+    elif instruction.groups & _SSE:
+        if special.cr0 & CR0.EM:
+            return Fault("sse-disabled", f"{name} is SSE, and CR0.EM is set", UD)
+        if not special.cr4 & CR4.OSFXSR:
+            return Fault("sse-disabled", f"{name} is SSE, and CR4.OSFXSR is clear", UD)
+    elif not instruction.groups & {"fpu", "mmx"}:
+        return None
+    elif special.cr0 & CR0.EM:
+        vector = UD if "mmx" in instruction.groups else NM
+        return Fault("fpu-disabled", f"{name} is x87 or MMX, and CR0.EM is set", vector)
+    if special.cr0 & CR0.TS:
+        return Fault("fpu-disabled", f"{name} with CR0.TS set", NM)
+    return None
+
+
+def _table_register(scene: Scene, instruction: Instruction) -> Fault | None:
+    if scene.mode.bits != 64:
+        return None
+    base = scene.number(instruction.memory_address() + 2, 8)
+    if base is None or is_canonical(base, canonical_bits(scene.special)):
+        return None
+    why = f"{instruction.mnemonic} of the base {base:#x}, which is not canonical"
+    return Fault("non-canonical", why, GP, 0)
+
+
+def _divide(scene: Scene, instruction: Instruction) -> Fault | None:
+    divisor = instruction.value(0)
+    size = instruction.operands[0].size
+    if divisor is None:
+        return None
+    bits = 8 * size
+    divisor &= (1 << bits) - 1
+    if not divisor:
+        return Fault("divide-error", f"{instruction.text} divides by zero", 0)
+    if size == 1:
+        dividend = scene.register("ax")
+    else:
+        low, high = {2: ("ax", "dx"), 4: ("eax", "edx"), 8: ("rax", "rdx")}[size]
+        dividend = scene.register(high) << bits | scene.register(low)
+    if instruction.mnemonic == "idiv":
+        quotient = _quotient(_signed(dividend, 2 * bits), _signed(divisor, bits))
+        fits = -(1 << bits - 1) <= quotient < 1 << bits - 1
+    else:
+        quotient = dividend // divisor
+        fits = quotient < 1 << bits
+    if fits:
+        return None
+    why = f"{instruction.text}: the quotient {quotient:#x} does not fit {bits} bits"
+    return Fault("divide-error", why, 0)
+
+
+def _signed(value: int, bits: int) -> int:
+    return value - (1 << bits) if value >> bits - 1 else value
+
+
+def _quotient(dividend: int, divisor: int) -> int:
+    """The quotient, rounded towards zero as the processor does."""
+    quotient = abs(dividend) // abs(divisor)
+    return quotient if (dividend < 0) == (divisor < 0) else -quotient

@@ -1,0 +1,86 @@
+"""Far jumps and calls, far returns, IRET, INT n: what they raise before they go anywhere."""
+
+from kvmpy.autopsy.fault import GP, Fault
+from kvmpy.autopsy.instruction import Instruction
+from kvmpy.autopsy.scene import Scene
+from kvmpy.autopsy.selectors import check_code, check_stack
+from kvmpy.views.descriptors import look_up
+from kvmpy.views.formats import canonical_bits, is_canonical
+from kvmpy.x86.flags import CR0, RFLAGS
+
+__all__ = ["check_transfer"]
+
+
+def check_transfer(scene: Scene, instruction: Instruction) -> Fault | None:
+    """What a jump, call or return raises, beyond its accesses to memory."""
+    name = instruction.mnemonic
+    if instruction.is_far:
+        return _far(scene, instruction) if scene.special.cr0 & CR0.PE else None
+    if name in ("retf", "retfq"):
+        return _return(scene, instruction) if scene.special.cr0 & CR0.PE else None
+    if name.startswith("iret"):
+        return _interrupt_return(scene, instruction) if scene.special.cr0 & CR0.PE else None
+    target: int | None = None
+    if name in ("jmp", "call") and instruction.operands:
+        target = instruction.value(0)
+    elif name == "ret":
+        target = scene.stack_slot(0, instruction.operand_bytes)
+    bits = canonical_bits(scene.special)
+    if target is None or scene.mode.bits != 64 or is_canonical(target & (1 << 64) - 1, bits):
+        return None
+    return Fault("non-canonical", f"{name} goes to {target:#x}, which is not canonical", GP, 0)
+
+
+def _far(scene: Scene, instruction: Instruction) -> Fault | None:
+    if instruction.memory_operands:
+        at, size = instruction.memory_address(), instruction.operand_bytes
+        size = 8 if instruction.rex_w else 2 if instruction.wide_prefix else min(size, 4)
+        offset, selector = scene.number(at, size), scene.number(at + size, 2)
+    else:
+        selector, offset = instruction.value(0), instruction.value(1)
+    if selector is None or offset is None:
+        return None
+    return check_code(scene, selector, offset, "it goes to", back=False)
+
+
+def _return(scene: Scene, instruction: Instruction) -> Fault | None:
+    size = instruction.stack_bytes
+    rip, cs = scene.stack_slot(0, size), scene.stack_slot(1, size)
+    if rip is None or cs is None:
+        return None
+    return _frame(scene, rip, cs, "RETF pops RIP, then CS")
+
+
+def _frame(scene: Scene, rip: int, cs: int, layout: str) -> Fault | None:
+    cs &= 0xFFFF
+    fault = check_code(scene, cs, rip, "the frame has the", back=True)
+    if fault is None or fault.cause in ("not-present-segment", "non-canonical", "wrong-ring"):
+        return fault
+    note = f"{layout}; the frame is {rip:#x}, {cs:#x}"
+    swapped = look_up(scene.read, scene.special, rip & 0xFFFF).segment
+    if rip < 0x10000 and rip & ~3 and swapped is not None and swapped.s and swapped.type & 8:
+        note += f" ({rip:#x} would be a code selector: the two are swapped)"
+    return fault.because("bad-frame", note)
+
+
+def _interrupt_return(scene: Scene, instruction: Instruction) -> Fault | None:
+    size = instruction.stack_bytes
+    if scene.registers.rflags & RFLAGS.NT and not scene.mode.long:
+        return None  # a return from a nested task: not looked into
+    rip, cs, flags = (scene.stack_slot(number, size) for number in range(3))
+    if rip is None or cs is None or flags is None:
+        return None
+    if scene.registers.rflags & RFLAGS.NT:
+        return Fault("nested-task", "IRET with RFLAGS.NT set: long mode has no tasks", GP, 0)
+    fault = _frame(scene, rip, cs, "IRET pops RIP, CS, RFLAGS, RSP, SS")
+    if fault is not None:
+        return fault
+    code = look_up(scene.read, scene.special, cs & 0xFFFF).segment
+    ring, long_code = cs & 3, bool(code and code.l) and scene.mode.long
+    if scene.mode.bits != 64 and ring == scene.cpl:
+        return None  # it does not pop SS
+    ss = scene.stack_slot(4, size)
+    if ss is None:
+        return None
+    fault = check_stack(scene, ss & 0xFFFF, ring, "the frame has the", bits=64 if long_code else 32)
+    return fault and fault.because("bad-stack-segment")
