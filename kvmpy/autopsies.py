@@ -19,6 +19,7 @@ __all__ = ["autopsy_of"]
 
 _PHYSICAL_BITS_LEAF = 0x8000_0008  # EAX[7:0] is MAXPHYADDR (SDM Vol.2 CPUID)
 _RECORDS = 6  # of the recorder's
+_SHORT = 0.05  # seconds of a run that is repeated just to tell what came before its end
 
 
 def autopsy_of(
@@ -43,6 +44,7 @@ def autopsy_of(
         exception = result.exception if result is not None else None
         if exception is not None:
             scene = scene.at_ring3(registers, exception.cs, exception.ss, exception.address or 0)
+        lines = _recorded(machine) if last is None else last
         origin = machine.last_snapshot if start is None else start
 
         def make_copy() -> Machine:
@@ -63,9 +65,10 @@ def autopsy_of(
             outcome,
             exit_,
             exception,
-            last=_recorded(machine) if last is None else last,
+            last=lines,
             make_copy=None if origin is None or len(machine.cpus) > 1 else make_copy,
             scene_of=scene_of,
+            cheap=result is not None and result.seconds < _SHORT and not lines,
         )
     except Exception as error:
         failure = f"the autopsy itself failed: {type(error).__name__}: {error}"

@@ -193,12 +193,13 @@ MISTAKES = (
         "lgdt [gdtr]; jmp far [x]; x: .long 0x2000; .word 8; gdtr: .word 15; .quad gdt; "
         "gdt: .quad 0, 0x00201a0000000000",
     ),
+    # Read as 16-bit code this is dec ax; mov ax, 0x1122; ud2.
     Mistake(
         "wrong-code-size",
         "wrong-code-size",
-        None,
-        "lgdt [gdtr]; push 8; lea rax, [rip + x]; push rax; lretq; x: mov rax, 0x1122334455667788; "
-        "mov rbx, [rax]; hlt; gdtr: .word 15; .quad gdt; gdt: .quad 0, 0x00009a000000ffff",
+        6,
+        "lgdt [gdtr]; push 8; lea rax, [rip + x]; push rax; lretq; x: mov rax, 0x90900b0f1122; "
+        "hlt; gdtr: .word 15; .quad gdt; gdt: .quad 0, 0x00009a000000ffff",
     ),
     Mistake("lretq-frame", "bad-frame", 13, "lea rax, [rip + x]; push rax; push 8; lretq; x: hlt"),
     Mistake(
@@ -226,7 +227,7 @@ MISTAKES = (
         14,
         "mov rax, 0x9003; mov [0x8000], rax; mov rax, 0xa003; mov [0x9000], rax; "
         "mov qword ptr [0xa000], 0x83; mov rax, 0x8000; mov cr3, rax; mov rsp, 0xb000; "
-        "xor eax, eax; x: push rax; jmp x",
+        "mov rcx, rax; xor eax, eax; x: push rax; mov cr3, rcx; jmp x",
     ),
     Mistake("divide", "divide-error", 0, "xor ecx, ecx; div ecx; hlt"),
     Mistake("emulator", "emulator-lacks", None, "addps xmm0, xmm1; hlt"),
@@ -253,4 +254,22 @@ MISTAKES = (
         """.replace("handler: hlt", "").replace("0x28; ltr", "0x28; ltr")
         + HANDLER,
     ),
+    Mistake("empty-gate", "empty-gate", 6, "lidt [x]; ud2; x: .word 0xfff; .quad 0x8000"),
+    Mistake("privileged", "privileged", 13, "hlt", ring=3),
+    Mistake("unaligned", "unaligned", 13, "movaps xmm0, [0x2008]; hlt", ring=3),
+    Mistake(
+        "null-ds", "null-selector", 13, "xor eax, eax; mov ds, ax; mov ax, [0x2000]", "protected"
+    ),
+    Mistake("null-ss", "null-selector", 13, "xor eax, eax; mov ss, ax; hlt", "protected"),
+    Mistake("ds-beyond", "gdt-limit", 13, "mov eax, 0x88; mov ds, ax; hlt"),
+    Mistake(
+        "clear-pg",
+        "pg-cleared-in-64-bit",
+        13,
+        "mov rax, cr0; btr rax, 31; mov cr0, rax; hlt",
+    ),
+    Mistake("clear-pae", "pae-cleared", 13, "mov rax, cr4; btr rax, 5; mov cr4, rax; hlt"),
+    Mistake("idtr-base", "non-canonical", 13, "lidt [x]; x: .word 0xfff; .quad 0x800000000000"),
+    Mistake("quotient", "divide-error", 0, "mov edx, 5; mov ecx, 2; div ecx; hlt"),
+    Mistake("ret-to-nowhere", "no-ram", None, "mov rax, 0xd0000000; push rax; ret"),
 )

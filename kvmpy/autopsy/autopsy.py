@@ -70,7 +70,7 @@ class Autopsy(Shown):
             lines.append(f"{order}: {name}: {fault.why}")
         if len(self.faults) > 1 and self.outcome == "shutdown":
             lines.append("then: shutdown: nothing handles a fault on the way to #DF's handler")
-        return (*lines, *self.notes)
+        return (*lines, *(f"note: {note}" for note in self.notes))
 
     def grids(self) -> tuple[Grid, ...]:
         """The explanation as a table, and the advice below it."""
@@ -78,8 +78,7 @@ class Autopsy(Shown):
         title = f"autopsy: {self.cause}{sure}: {self.summary}"
         if self.failure:
             return (Grid(title, notes=(self.failure,)),)
-        rows = [line.partition(": ") for line in self.explanation]
-        table = [(left, right) if mark else ("", left) for left, mark, right in rows]
+        table = [line.split(": ", 1) for line in self.explanation]
         notes = (f"fix: {self.advice}", f"see: {self.references}")
         return (Grid(title, ("", ""), table, notes),)
 

@@ -7,7 +7,7 @@ from kvmpy.autopsy.autopsy import Autopsy
 from kvmpy.autopsy.entry import broken_rules
 from kvmpy.autopsy.examine import Finding, explain_exception, explain_gap, explain_shutdown
 from kvmpy.autopsy.fault import Fault
-from kvmpy.autopsy.replay import Copy, MakeCopy, Replay, replay
+from kvmpy.autopsy.replay import Copy, MakeCopy, Replay, replay_copy
 from kvmpy.autopsy.scene import Scene
 from kvmpy.exits import Exit, FailEntry, InternalError
 from kvmpy.x86.exceptions import GuestException
@@ -31,10 +31,12 @@ def conduct(
     last: Sequence[str] = (),
     make_copy: MakeCopy | None = None,
     scene_of: Callable[[Copy], Scene] | None = None,
+    cheap: bool = False,
 ) -> Autopsy:
     """Explain an end of `OUTCOMES`; any other gives the cause "unknown" and says so.
 
     `make_copy` gives copies of the machine as it was before the run, and `scene_of` their state.
+    `cheap` says that a replay takes next to no time: then it is done for what came before alone.
     """
     reset = outcome == "shutdown" and _is_reset(scene)
     finding = Finding("unknown", (), _INIT, False) if reset else _find(
@@ -43,10 +45,11 @@ def conduct(
     notes = list(finding.notes)
     seen: Replay | None = None
     arrival = finding.cause in _ARRIVALS or finding.instruction.startswith("no code")
-    if outcome in ("shutdown", "internal-error") and (not finding.settled or arrival):
+    needed = not finding.settled or arrival
+    if outcome in ("shutdown", "internal-error") and (needed or cheap):
         if make_copy is not None and scene_of is not None:
-            seen = replay(make_copy, scene, outcome, scene_of)
-            notes += [seen.note] if seen.note else []
+            seen = replay_copy(make_copy, scene, outcome, scene_of, reset=reset)
+            notes += [seen.note] if seen.note and needed else []
         elif not finding.settled:
             notes.append("no snapshot to replay from: take one before the run to know more")
     if seen is not None and seen.scene is not None and (reset or not finding.settled):

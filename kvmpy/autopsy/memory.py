@@ -131,7 +131,7 @@ def _lacks_large_bit(scene: Scene, walk: PageWalk) -> bool:
 
 def _stack_is_in_tables(scene: Scene, walk: PageWalk) -> bool:
     """Whether RSP, which is taken for a physical address if it leads nowhere, is in a table."""
-    if not walk.entries or walk.end == "page":
+    if not walk.entries or walk.end in ("page", "outside RAM"):
         return False
     rsp = scene.stack_address(0)
     physical = scene.walk(rsp, "read").physical

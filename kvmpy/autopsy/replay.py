@@ -8,16 +8,26 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from kvmpy.autopsy.instruction import decode
 from kvmpy.autopsy.scene import Scene
 from kvmpy.errors import KvmpyError
-from kvmpy.exits import Debug, Exit, InternalError, Interrupted, Shutdown
+from kvmpy.exits import (
+    Debug,
+    Exit,
+    InternalError,
+    Interrupted,
+    MmioRead,
+    MmioWrite,
+    PortIn,
+    PortOut,
+    Shutdown,
+)
 from kvmpy.vcpu import VCPU
 
-__all__ = ["MOST_STEPS", "Copy", "MakeCopy", "Replay", "replay"]
+__all__ = ["MOST_STEPS", "Copy", "MakeCopy", "Replay", "replay_copy"]
 
 MOST_STEPS: Final = 10_000
 """Instructions that are stepped at most: some 50 us each."""
@@ -67,8 +77,18 @@ class Replay:
     steps: int = 0
 
 
-def replay(make: MakeCopy, dead: Scene, outcome: str, scene_of: Callable[[Copy], Scene]) -> Replay:
-    """Run copies to the same end; never longer than a few seconds."""
+def replay_copy(
+    make: MakeCopy,
+    dead: Scene,
+    outcome: str,
+    scene_of: Callable[[Copy], Scene],
+    *,
+    reset: bool = False,
+) -> Replay:
+    """Run copies to the same end; never longer than a few seconds.
+
+    `dead` is the state at that end, unless the processor has `reset` it.
+    """
     try:
         with make() as copy:
             ending = copy.run(timeout=_SECONDS)
@@ -77,12 +97,14 @@ def replay(make: MakeCopy, dead: Scene, outcome: str, scene_of: Callable[[Copy],
             return Replay(None, (), f"a copy of the guest ended otherwise ({ending.outcome}): it "
                           "depends on input, time or devices")  # fmt: skip
         with make() as copy:
-            return _step(copy, count, dead, scene_of)
+            return _step(copy, count, dead, scene_of, reset)
     except KvmpyError as error:
         return Replay(None, (), f"a copy of the guest could not be run: {error}")
 
 
-def _step(copy: Copy, count: int, dead: Scene, scene_of: Callable[[Copy], Scene]) -> Replay:
+def _step(
+    copy: Copy, count: int, dead: Scene, scene_of: Callable[[Copy], Scene], reset: bool
+) -> Replay:
     cpu = copy.cpus[0]
     seen = max(0, count - 1 - _KEPT)
     if seen:
@@ -93,15 +115,22 @@ def _step(copy: Copy, count: int, dead: Scene, scene_of: Callable[[Copy], Scene]
     cpu.finish()
     cpu.set_guest_debug(single_step=True)
     trail: deque[Scene] = deque(maxlen=_KEPT)
+    codes: dict[tuple[int, int], bytes] = {}  # the tables may be gone when they are told
     deadline = time.monotonic() + _SECONDS
     for steps in range(MOST_STEPS):
         scene = scene_of(copy)
-        if scene.cpl == 3 and steps and trail[-1].cpl == 3 and trail[-1].linear == scene.linear:
-            return Replay(None, tuple(last), "this host does not step ring-3 code")
-        trail.append(scene)
+        at = (scene.special.cr3, scene.linear)
+        if at not in codes:
+            codes[at] = scene.instruction_bytes
+        trail.append(replace(scene, code=codes[at]))
         left = deadline - time.monotonic()
         exit_ = cpu.run(max(0.0, left))
         if isinstance(exit_, Shutdown | InternalError):
+            if not reset and scene.linear != dead.linear:
+                note = "single-stepping a copy of the guest changed what it does"
+                return Replay(None, tuple(last), note)
+            # The copy is closed then, and its RAM at the end is that of the dead one.
+            scene = replace(scene, read=dead.read)
             return Replay(scene, (*last, *map(_told, list(trail)[:-1])), "", steps + 1)
         if isinstance(exit_, Interrupted):
             return Replay(None, tuple(last), "stepping a copy of the guest took too long", steps)
@@ -112,7 +141,17 @@ def _step(copy: Copy, count: int, dead: Scene, scene_of: Callable[[Copy], Scene]
 
 
 def _say(exit_: Exit) -> str:
-    return str(exit_)
+    match exit_:
+        case PortIn(port=port, size=size):
+            return f"in: {size} bytes from port {port:#x}"
+        case PortOut(port=port, values=values):
+            return f"out: {values[0]:#x} to port {port:#x}"
+        case MmioRead(address=address, size=size):
+            return f"mmio: read of {size} bytes at {address:#x}"
+        case MmioWrite(address=address, value=value):
+            return f"mmio: write of {value:#x} at {address:#x}"
+        case _:
+            return str(exit_)
 
 
 def _told(scene: Scene) -> str:

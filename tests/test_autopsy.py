@@ -1,0 +1,369 @@
+"""Autopsies: classic mistakes by name, dead machines left alone, and no end that is hidden."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mistakes import MISTAKES, PRELUDE, Mistake
+
+from kvmpy import Machine, assemble
+from kvmpy.asm import Program
+from kvmpy.autopsy import CAUSES, Autopsy, conduct
+from kvmpy.autopsy.delivery import chain
+from kvmpy.autopsy.entry import broken_rules
+from kvmpy.autopsy.examine import explain_gap, explain_shutdown
+from kvmpy.autopsy.fault import Fault
+from kvmpy.autopsy.scene import Scene
+from kvmpy.exits import FailEntry, PortOut, Shutdown
+from kvmpy.modes import build, entry_state
+from kvmpy.probe import probe
+from kvmpy.views.pages import reader
+from kvmpy.x86.exceptions import ERROR_CODE_VECTORS
+from kvmpy.x86.flags import CR0, CR4, EFER
+from kvmpy.x86.registers import REGISTER_NAMES, Registers
+from kvmpy.x86.segments import DescriptorTable
+from kvmpy.x86.state import SpecialRegisters
+from kvmpy.x86.tables import EXCEPTION_PORT, STUB_SIZE, idt64, stubs
+
+with_kvm = pytest.mark.usefixtures("kvm_host")
+NEEDS = {"emulator": "ring0-sse"}  # where this probe says yes, the guest does not die
+STUBS, IDT, STACK = 0x20000, 0x22000, 0x25000
+
+
+def program(mistake: Mistake) -> Program:
+    source = (PRELUDE if mistake.mode == "long" else "") + mistake.source
+    return assemble(source, mistake.mode, at=0x1000)
+
+
+def machine_of(mistake: Mistake) -> Machine:
+    machine = Machine("16M", mistake.mode, mistake.ring)
+    machine.load(program(mistake))
+    return machine
+
+
+@with_kvm
+@pytest.mark.parametrize("mistake", MISTAKES, ids=[one.name for one in MISTAKES])
+def test_a_mistake_is_called_by_its_name(mistake: Mistake) -> None:
+    if mistake.name in NEEDS and probe(NEEDS[mistake.name]).answer == "yes":
+        pytest.skip(f"this host can do it: {probe(NEEDS[mistake.name]).detail}")
+    with machine_of(mistake) as machine:
+        result = machine.run(timeout=2)
+        if result.outcome == "halt" and mistake.name == "wrong-gate":
+            pytest.skip("this host's KVM takes an IDT entry of type 0 for a gate: nothing dies")
+        assert result.crashed, result
+        registers, special = machine.cpus[0].get_regs(), machine.cpus[0].get_sregs()
+        memory = bytes(machine.memory.read(0, 16 << 20))
+        found = machine.autopsy(result)
+        assert (found.cause, found.vector) == (mistake.cause, mistake.vector), str(found)
+        assert found.certain
+        assert not found.failure
+        assert found.rip == result.registers.rip
+        assert found.outcome == result.outcome
+        assert found.cause in CAUSES
+        # The dead machine is as it was.
+        assert machine.cpus[0].get_regs() == registers
+        assert machine.cpus[0].get_sregs() == special
+        assert bytes(machine.memory.read(0, 16 << 20)) == memory
+
+
+OWN_TABLES = ("idt", "gate", "stack-in", "no-rsp0", "lme-with", "wrong-code", "zeros", "fell-off")
+AGREEING = [
+    one
+    for one in MISTAKES
+    if one.mode == "long" and not one.ring and one.vector is not None
+    and not any(word in one.name for word in OWN_TABLES)
+]  # fmt: skip
+
+
+@with_kvm
+@pytest.mark.parametrize("mistake", AGREEING, ids=[one.name for one in AGREEING])
+def test_the_processor_agrees(mistake: Mistake) -> None:
+    """With an IDT, and a stack of its own for each handler, it says what it raised and where."""
+    with machine_of(mistake) as machine:
+        result = machine.run(timeout=2)
+        found = machine.autopsy(result)
+    with machine_of(mistake) as machine:
+        seen: list[tuple[int, int | None, int]] = []
+        table = bytearray(idt64(STUBS))
+        table[4::16] = b"\x01" * 256  # IST 1
+        machine.memory.write(STUBS, stubs())
+        machine.memory.write(IDT, table)
+        machine.memory.write(machine.layout.tss + 36, STACK.to_bytes(8, "little"))
+        cpu = machine.cpus[0]
+        special = cpu.get_sregs()
+        special.idt = DescriptorTable(IDT, len(table) - 1)
+        cpu.set_sregs(special)
+
+        def report(offset: int, size: int, value: int | None) -> None:
+            registers = cpu.get_regs()
+            vector = (registers.rip - STUBS) // STUB_SIZE
+            frame = machine.memory.read(registers.rsp, 16)
+            words = [int.from_bytes(frame[at : at + 8], "little") for at in (0, 8)]
+            has_code = vector in ERROR_CODE_VECTORS
+            seen.append((vector, words[0] if has_code else None, words[has_code]))
+            machine.end_run("reported")
+
+        machine.on_port(EXCEPTION_PORT)(report)
+        machine.run(timeout=2)
+    assert seen == [(found.vector, found.error_code, found.rip)], str(found)
+
+
+def test_enough_mistakes() -> None:
+    assert len(MISTAKES) >= 25
+    assert len(AGREEING) >= 25
+    assert {one.cause for one in MISTAKES} <= set(CAUSES)
+
+
+@with_kvm
+def test_what_came_before() -> None:
+    source = "mov al, 7; out 0x80, al; mov rax, 0xc0000000; jmp rax"
+    with Machine("1M") as machine:
+        machine.load(assemble(source, at=0x1000))
+        machine.snapshot()
+        found = machine.autopsy(machine.run(timeout=2))
+    assert found.replayed
+    assert found.last == (
+        "out: 0x7 to port 0x80", "0x1004: movabs rax, 0xc0000000", "0x100e: jmp rax",
+    )  # fmt: skip
+    assert found.explanation[-1].startswith("first: stop")
+
+
+@with_kvm
+def test_lines_that_are_given_stand_before_the_replay() -> None:
+    with Machine("1M") as machine:
+        machine.load(b"\x0f\x0b")
+        result = machine.run(timeout=2)
+        assert machine.autopsy(result, last=["one", "two"]).last == ("one", "two")
+
+
+@with_kvm
+def test_a_processor_that_was_reset_at_its_end() -> None:
+    """As AMD's leaves a vCPU: nothing is left to look at, so a copy is stepped to the end."""
+    with Machine("1M") as machine:
+        machine.load(assemble("mov rax, 0x8000000000; mov rbx, [rax]; hlt", at=0x1000))
+        start = machine.snapshot()
+        result = machine.run(timeout=2)
+        cpu = machine.cpus[0]
+        special = cpu.get_sregs()
+        special.cr0, special.efer, special.cr4 = int(CR0.ET), 0, 0
+        special.cs.selector, special.cs.base, special.cs.l = 0xF000, 0xFFFF_0000, 0
+        cpu.set_sregs(special)
+        cpu.set_regs(Registers(rip=0xFFF0))
+        reset = replace(result, packed=Registers(rip=0xFFF0).pack())
+        found = machine.autopsy(reset, start=start)
+        assert (found.cause, found.vector) == ("page-not-present", 14), str(found)
+        assert found.replayed
+        assert "INIT" in found.notes[-1]
+        machine._at = None  # no snapshot: it says so
+        found = machine.autopsy(reset)
+        assert found.cause == "unknown"
+        assert "no snapshot" in str(found)
+
+
+@with_kvm
+def test_a_copy_that_ends_otherwise_says_so() -> None:
+    # in al, dx from the serial port: with a byte it dies, without one it halts
+    source = "mov dx, 0x3fd; in al, dx; test al, 1; jz x; mov rbx, 0xc0000000; jmp rbx; x: hlt"
+    feed = iter((b"!",))
+    with Machine("1M", input=lambda: next(feed, b"")) as machine:
+        machine.load(assemble(source, at=0x1000))
+        machine.snapshot()
+        result = machine.run(timeout=2)
+        assert result.outcome == "internal-error"
+        found = machine.autopsy(result)
+    assert found.cause == "no-ram"
+    assert not found.replayed
+    assert "ended otherwise (halt)" in str(found)
+
+
+@with_kvm
+def test_it_never_hangs() -> None:
+    # Some seconds of loop before the end, in a copy: the replay gives up, the diagnosis stays.
+    source = "mov ecx, 100000000; x: dec ecx; jnz x; mov rbx, 0xc0000000; jmp rbx"
+    with Machine("1M") as machine:
+        machine.load(assemble(source, at=0x1000))
+        machine.snapshot()
+        cpu = machine.cpus[0]
+        registers = cpu.get_regs()
+        registers.rip = 0xC000_0000
+        cpu.set_regs(registers)
+        result = machine.run(timeout=2)
+        started = time.monotonic()
+        found = machine.autopsy(result)
+        assert time.monotonic() - started < 20
+    assert found.cause == "no-ram"
+
+
+def broken(*_: object) -> None:
+    raise ZeroDivisionError("a bug")
+
+
+@with_kvm
+def test_an_autopsy_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Machine("1M") as machine:
+        machine.load(b"\x0f\x0b")
+        result = machine.run(timeout=2)
+        monkeypatch.setattr("kvmpy.autopsy.conduct.explain_shutdown", broken)
+        found = machine.autopsy(result)
+    assert found.outcome == "shutdown"
+    assert found.failure == "the autopsy itself failed: ZeroDivisionError: a bug"
+    assert found.failure in str(found)
+
+
+@with_kvm
+def test_without_a_result_the_last_exit_counts() -> None:
+    with Machine("1M") as machine:
+        machine.load(b"\x0f\x0b")
+        assert list(machine.exits(timeout=2))[-1] == Shutdown()
+        assert machine.autopsy().cause == "no-idt"
+        assert machine.autopsy(cpu=7).failure
+
+
+@with_kvm
+def test_an_end_that_is_no_crash() -> None:
+    with Machine("1M") as machine:
+        machine.load(b"\xf4")
+        found = machine.autopsy(machine.run(timeout=2))
+    assert found.cause == "unknown"
+    assert "halt" in str(found)
+
+
+def kvmpy(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kvmpy", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+
+@with_kvm
+def test_kvmpy_run_tells_it(tmp_path: Path) -> None:
+    guest, report = tmp_path / "guest.bin", tmp_path / "report.json"
+    guest.write_bytes(assemble("mov rax, 0x8000000000; mov rbx, [rax]; hlt", at=0x1000))
+    done = kvmpy("run", guest, "--report", report)
+    assert done.returncode == 126
+    assert done.stderr.index("try:") < done.stderr.index("autopsy: page-not-present")
+    assert "PML4 entry" in done.stderr
+    facts = json.loads(report.read_text())["autopsy"]
+    assert (facts["cause"], facts["vector"]) == ("page-not-present", 14)
+    done = kvmpy("run", guest, "--no-autopsy", "--report", report)
+    assert done.returncode == 126
+    assert "autopsy" not in done.stderr
+    assert json.loads(report.read_text())["autopsy"] is None
+
+
+# Without KVM: the state alone --------------------------------------------------------------
+
+
+def scene_at(code: bytes, mode: str = "long", ring: int = 0) -> Scene:
+    """The entry state of a guest in 1 MiB of RAM."""
+    layout = build(mode, ring, 1 << 20)
+    ram = bytearray(1 << 20)
+    ram[layout.base :] = layout.data
+    ram[0x1000 : 0x1000 + len(code)] = code
+    registers, special = entry_state(layout, 0x1000, SpecialRegisters())
+    return Scene(registers, special, partial(read, ram))
+
+
+def read(ram: bytearray, address: int, length: int) -> bytes | None:
+    return bytes(ram[address : address + length]) if address + length <= len(ram) else None
+
+
+def test_a_wrong_gate_from_the_state() -> None:
+    scene = scene_at(b"\x0f\x0b" + b"\x90" * 14 + bytes((0, 0x10, 8, 0, 0, 0x80)) + bytes(10))
+    scene.special.idt = DescriptorTable(0x1010 - 6 * 16, 0xFFF)
+    found = explain_shutdown(scene)
+    assert found.cause == "wrong-gate"
+    assert [fault.vector for fault in found.faults][:2] == [6, 13]
+
+
+def test_a_missing_tss_from_the_state() -> None:
+    scene = scene_at(b"\x0f\x0b", ring=3)
+    scene.special.tr.unusable, scene.special.tr.present = 1, 0
+    assert explain_shutdown(scene).cause == "no-tss"
+
+
+def test_an_exception_that_can_be_delivered_is_no_certain_cause() -> None:
+    scene = scene_at(b"\x0f\x0b", ring=3)
+    found = explain_shutdown(scene)
+    assert not found.settled
+
+
+def test_a_chain_of_two_page_faults_is_a_double_fault() -> None:
+    scene = scene_at(b"")
+    scene.special.idt = DescriptorTable(1 << 40, 0xFFF)
+    first = Fault("page-not-present", "", 14, 0, 0)
+    faults, shuts_down = chain(scene, first)
+    assert shuts_down
+    assert [fault.vector for fault in faults] == [14, 14, 14]
+    assert not chain(scene_at(b"", ring=3), first).shuts_down
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: setattr(s.special, "cr0", int(CR0.PG)), "CR0.PG is set and CR0.PE is clear"),
+        (lambda s: setattr(s.special, "cr4", 0), "CR4.PAE is clear"),
+        (lambda s: setattr(s.special, "efer", int(EFER.LMA)), "EFER.LME differ"),
+        (lambda s: setattr(s.special.cs, "db", 1), "CS.L and CS.D"),
+        (lambda s: setattr(s.special.tr, "type", 9), "no busy TSS"),
+        (lambda s: setattr(s.special.ss, "dpl", 3), "SS.DPL 3 differ"),
+        (lambda s: setattr(s.special.ds, "limit", 0xFFFF_F000), "DS's limit"),
+        (lambda s: setattr(s.registers, "rip", 1 << 47), "is not canonical"),
+        (lambda s: setattr(s.registers, "rflags", 0), "RFLAGS bit 1"),
+        (lambda s: setattr(s.special, "cr4", int(CR4.PCIDE)), "CR4.PAE"),
+    ],
+)
+def test_a_refused_entry_names_the_rule(change, words) -> None:
+    scene = scene_at(b"\xf4")
+    assert broken_rules(scene) == []
+    change(scene)
+    assert any(words in rule for rule in broken_rules(scene))
+    found = conduct.conduct(scene, "fail-entry", FailEntry(0x21, 0), None)
+    assert found.cause == "bad-entry-state"
+    assert words in str(found)
+
+
+def test_an_autopsy_shows_itself() -> None:
+    fault = Fault("page-not-present", "mov reads \x1b[31m<b>", 14, 2, 5)
+    found = Autopsy("page-not-present", "shutdown", 0x1000, "mov", (fault, fault), ("out: 7",))
+    text = str(found)
+    assert "\x1b" not in text
+    assert "#PF(0x2)" in text
+    assert found.references in text
+    assert "&lt;b&gt;" in found._repr_html_()
+    assert found.__rich__() is not None
+    assert json.dumps(found.as_dict())
+
+
+def test_every_cause_says_what_to_do() -> None:
+    for cause in CAUSES.values():
+        assert all(cause)
+        assert not cause.advice.endswith(".")
+
+
+words64 = st.integers(0, (1 << 64) - 1) | st.integers(0, 0x2000) | st.just(1 << 47)
+
+
+@given(
+    st.binary(min_size=1, max_size=15),
+    st.lists(words64, min_size=18, max_size=18),
+    st.sampled_from(["real", "protected16", "protected", "long"]),
+    st.sampled_from([0, 3]),
+    st.booleans(),
+)
+def test_any_state_has_an_answer(code, values, mode, ring, at_code) -> None:
+    scene = scene_at(code, mode, ring if mode in ("protected", "long") else 0)
+    registers = Registers(**dict(zip(REGISTER_NAMES, values, strict=True)))
+    if at_code:
+        registers.rip = 0x1000
+    scene = replace(scene, registers=registers)
+    assert explain_shutdown(scene).cause in CAUSES
+    assert explain_gap(scene, "why", 1).cause in CAUSES
+    assert str(conduct.conduct(scene, "shutdown", Shutdown(), None))
+    assert reader(lambda address, size: b"")(0, 1) == b""
+    assert PortOut(1, 1, b"x").values == (ord("x"),)
