@@ -1,7 +1,7 @@
 """The part of a machine that gdb debugs, and that tells why a guest died."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvmpy.boot.segments import Image
 from kvmpy.errors import ConfigError
@@ -55,4 +55,5 @@ class Debugging(Running):
         """
         from kvmpy.autopsies import autopsy_of
 
-        return autopsy_of(self, result, start, last, cpu)
+        machine: Any = self  # a Machine, of which this is a part
+        return autopsy_of(machine, result, start, last, cpu)
