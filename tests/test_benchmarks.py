@@ -45,6 +45,18 @@ def run(*arguments: str, module: str = "core") -> subprocess.CompletedProcess[st
 @pytest.mark.slow
 @pytest.mark.timeout(150)
 @pytest.mark.usefixtures("kvm_host")
+def test_the_recorder_has_a_row_for_counting_and_one_for_records(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    done = run("--quick", "--rounds", "2", "--json", str(file), module="recorder")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["bound"] for row in rows] == 2 * [1.01, 1.04]
+    assert all(row["figure"] for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(150)
+@pytest.mark.usefixtures("kvm_host")
 def test_a_quick_run_has_every_row_with_its_bound(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     done = run("--quick", "--rounds", "2", "--json", str(file))

@@ -9,7 +9,7 @@ from kvmpy.trace.split import PLACES, Summary
 __all__ = ["HEADING", "duration", "line", "lines", "summary_lines"]
 
 HEADING: Final = (
-    f"{'seconds':>12} cpu  {'exit':<12} {'at':<12} {'what':<40} {'rip':<18} {'by':<7} in KVM_RUN"
+    f"{'seconds':>12} cpu  {'exit':<11} {'at':<10} {'what':<30} {'rip':<10} {'by':<7} in KVM_RUN"
 )
 _MOST: Final = 12  # accesses in a summary
 
@@ -28,8 +28,8 @@ def line(record: Record, start: int) -> str:
     rip = "" if record.rip is None else f"{record.rip:#x}"
     seconds = (record.left - start) / 10**9
     return (
-        f"{seconds:12.6f} {record.cpu:>3}  {record.kind:<12} {at:<12} {record.text:<40} "
-        f"{rip:<18} {record.level:<7} {duration(record.inside)}"
+        f"{seconds:12.6f} {record.cpu:>3}  {record.kind:<11} {at:<10} {record.text:<30} "
+        f"{rip:<10} {record.level:<7} {duration(record.inside)}"
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Final
 
-from kvmpy.trace.record import Record
+from kvmpy.trace.record import INTERRUPTED, Record
 from kvmpy.trace.split import IN_KVM_RUN, PLACES, Summary, followed, place_of
 from kvmpy.trace.text import duration
 
@@ -49,7 +49,7 @@ def svg(records: Iterable[Record], summary: Summary) -> str:
     for record, outside in followed(records):
         row = rows.setdefault(record.cpu, _Row(start, width))
         row.spend(IN_KVM_RUN, record.entered, record.left)
-        row.exits[row.bin(record.left)] += 1
+        row.exits[row.bin(record.left)] += record.kind != INTERRUPTED
         if outside is not None:
             row.spend(place_of(record), record.left, record.left + outside)
     parts = [
