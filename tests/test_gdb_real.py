@@ -34,7 +34,6 @@ class Waiting:
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         self.said = ""
-        self.hear("waiting for gdb on")
 
     def hear(self, words: str) -> None:
         """Wait for a line on standard error."""
@@ -72,6 +71,7 @@ def run(tmp_path: Path) -> Iterator[object]:
 
     def start(*arguments: object) -> Waiting:
         made.append(Waiting(tmp_path / "gdb", *arguments))
+        made[-1].hear("waiting for gdb on")
         return made[-1]
 
     yield start

@@ -8,20 +8,18 @@ import re
 from collections.abc import Callable
 from typing import Final, NamedTuple, TypeAlias
 
-from kvmpy.errors import KvmpyError, UnsupportedError
-from kvmpy.gdb.description import REGISTERS, RIP, RSP, target_xml
-from kvmpy.gdb.packets import PACKET_SIZE, escape, unescape
+from kvmpy.errors import KvmpyError
+from kvmpy.gdb.description import RIP, RSP, target_xml
+from kvmpy.gdb.fields import MalformedError, as_action, as_number, as_numbers, unhex
+from kvmpy.gdb.inspecting import MOST, Inspecting
+from kvmpy.gdb.packets import PACKET_SIZE, escape
 from kvmpy.gdb.stops import SIGTRAP, Action, Stop
 from kvmpy.gdb.target import Target
 
 __all__ = ["Answer", "Detach", "Kill", "NoAcks", "Resume", "Stub"]
 
 _ERROR: Final = b"E01"
-_NO_MEMORY: Final = b"E0e"  # EFAULT
-_MOST: Final = PACKET_SIZE // 2
-_HEX: Final = re.compile(rb"[0-9a-fA-F]+\Z")
 _SPECIAL: Final = re.compile(rb"[^ -~]|[#$*}]")
-_DIGITS: Final = 16
 _SHARED: Final = (RIP, RSP)
 """Registers that a stop reply brings along."""
 
@@ -49,25 +47,21 @@ class NoAcks(NamedTuple):
 Answer: TypeAlias = bytes | Resume | Detach | Kill | NoAcks
 
 
-class _MalformedError(Exception):
-    """A packet that is not what the protocol says."""
-
-
-class Stub:
+class Stub(Inspecting):
     """The protocol's state: which vCPU a packet means, and how the guest stopped last."""
 
     def __init__(self, target: Target) -> None:
-        self.target = target
+        super().__init__(target)
         self.stop = Stop(0, SIGTRAP)
         """Why the guest stands still."""
-        self._general, self._resumed = 0, -1  # vCPUs of Hg and Hc; -1: all
+        self._resumed = -1  # the vCPU of Hc; -1: all
 
     def handle(self, data: bytes) -> Answer:
         """Answer a packet; an empty answer for one that is not known."""
         try:
             command = _COMMANDS.get(data[:1])
             return b"" if command is None else command(self, data[1:])
-        except _MalformedError:
+        except MalformedError:
             return _ERROR
         except KvmpyError as error:
             return b"E." + _SPECIAL.sub(b"'", str(error).encode("ascii", "replace"))
@@ -92,20 +86,17 @@ class Stub:
             reply += b"%b:%x;" % (stop.reason.encode(), stop.address)
         return reply
 
-    def _register(self, cpu: int, number: int) -> bytes:
-        return self.target.read_register(cpu, number).hex().encode()
-
     # Threads ----------------------------------------------------------------------------------
 
     def _cpu(self, text: bytes) -> int:
         """A thread's vCPU; -1 for all, and any is 0."""
         if text == b"-1":
             return -1
-        number = _number(text)
+        number = as_number(text)
         if number == 0:
             return 0
         if number > self.target.count:
-            raise _MalformedError
+            raise MalformedError
         return number - 1
 
     def _select(self, data: bytes) -> bytes:
@@ -120,73 +111,6 @@ class Stub:
 
     def _alive(self, data: bytes) -> bytes:
         self._cpu(data)
-        return b"OK"
-
-    # Registers and memory ---------------------------------------------------------------------
-
-    def _read_all(self, rest: bytes) -> bytes:
-        return b"".join(self._register(self._general, number) for number in range(len(REGISTERS)))
-
-    def _write_all(self, rest: bytes) -> bytes:
-        data, values, at = _unhex(rest), {}, 0
-        for number, register in enumerate(REGISTERS):
-            if at + register.size > len(data):
-                break
-            values[number] = data[at : at + register.size]
-            at += register.size
-        self.target.write_registers(self._general, values)
-        return b"OK"
-
-    def _read_one(self, rest: bytes) -> bytes:
-        return self._register(self._general, _register_number(rest))
-
-    def _write_one(self, rest: bytes) -> bytes:
-        number, _, value = rest.partition(b"=")
-        self.target.write_registers(self._general, {_register_number(number): _unhex(value)})
-        return b"OK"
-
-    def _read_memory(self, rest: bytes) -> bytes:
-        address, size = _numbers(rest, 2)
-        data = self.target.read_memory(self._general, address, min(size, _MOST))
-        return data.hex().encode() if data or not size else _NO_MEMORY
-
-    def _write_memory(self, rest: bytes) -> bytes:
-        place, _, data = rest.partition(b":")
-        return self._write(place, _unhex(data))
-
-    def _write_binary(self, rest: bytes) -> bytes:
-        place, _, data = rest.partition(b":")
-        return self._write(place, unescape(data))
-
-    def _write(self, place: bytes, data: bytes) -> bytes:
-        address, size = _numbers(place, 2)
-        if len(data) != size:
-            raise _MalformedError
-        try:
-            self.target.write_memory(self._general, address, data)
-        except KvmpyError:
-            return _NO_MEMORY
-        return b"OK"
-
-    # Breakpoints ------------------------------------------------------------------------------
-
-    def _insert(self, rest: bytes) -> bytes:
-        kind, address, size = _numbers(rest.partition(b";")[0], 3)
-        if kind > 4:
-            return b""
-        try:
-            self.target.insert(self._general, kind, address, size)
-        except UnsupportedError:
-            if kind > 1:
-                return b""  # gdb watches by itself then
-            raise
-        return b"OK"
-
-    def _remove(self, rest: bytes) -> bytes:
-        kind, address, _ = _numbers(rest.partition(b";")[0], 3)
-        if kind > 4:
-            return b""
-        self.target.remove(kind, address)
         return b"OK"
 
     # Running ----------------------------------------------------------------------------------
@@ -206,7 +130,7 @@ class Stub:
 
     def _with_signal(self, rest: bytes) -> Answer:
         """C and S: a guest has no signals, so the number is not used."""
-        _number(rest[:2])
+        as_number(rest[:2])
         self._jump(rest.partition(b";")[2])
         return self._one_or_all(Action("c"))
 
@@ -217,7 +141,7 @@ class Stub:
 
     def _jump(self, rest: bytes) -> None:
         if rest:
-            address = _number(rest).to_bytes(8, "little")
+            address = as_number(rest).to_bytes(8, "little")
             cpu = self._general if self._resumed < 0 else self._resumed
             self.target.write_registers(cpu, {RIP: address})
 
@@ -237,7 +161,7 @@ class Stub:
         for part in rest.split(b";"):
             what, colon, thread = part.partition(b":")
             cpu = self._cpu(thread) if colon else -1
-            action = _action(what)
+            action = as_action(what)
             for one in range(self.target.count) if cpu < 0 else (cpu,):
                 actions.setdefault(one, action)  # the leftmost that fits counts
         return Resume(actions)
@@ -267,9 +191,9 @@ class Stub:
             return b""
         if annex != b"target.xml":
             return b"E00"
-        start, size = _numbers(part, 2)
+        start, size = as_numbers(part, 2)
         data = target_xml()
-        chunk = data[start : start + min(size, _MOST)]
+        chunk = data[start : start + min(size, MOST)]
         return (b"m" if start + len(chunk) < len(data) else b"l") + escape(chunk)
 
     def _threads(self, rest: bytes) -> bytes:
@@ -279,7 +203,7 @@ class Stub:
         return self.target.describe(max(self._cpu(rest), 0)).encode().hex().encode()
 
     def _command(self, rest: bytes) -> bytes:
-        line = _unhex(rest).decode("utf-8", "replace")
+        line = unhex(rest).decode("utf-8", "replace")
         said = self.target.monitor(self._general, line)
         return said.encode("utf-8", "replace").hex().encode() or b"OK"
 
@@ -287,46 +211,9 @@ class Stub:
         if rest == b"StartNoAckMode":
             return NoAcks()
         if rest.startswith(b"qemu.PhyMemMode:"):
-            self.target.physical = _number(rest.partition(b":")[2]) != 0
+            self.target.physical = as_number(rest.partition(b":")[2]) != 0
             return b"OK"
         return b""
-
-
-def _number(text: bytes) -> int:
-    if len(text) > _DIGITS or not _HEX.match(text):
-        raise _MalformedError
-    return int(text, 16)
-
-
-def _numbers(text: bytes, count: int) -> list[int]:
-    parts = text.split(b",")
-    if len(parts) != count:
-        raise _MalformedError
-    return [_number(part) for part in parts]
-
-
-def _unhex(text: bytes) -> bytes:
-    if len(text) % 2 or (text and not _HEX.match(text)):
-        raise _MalformedError
-    return bytes.fromhex(text.decode("ascii"))
-
-
-def _register_number(text: bytes) -> int:
-    number = _number(text)
-    if number >= len(REGISTERS):
-        raise _MalformedError
-    return number
-
-
-def _action(text: bytes) -> Action:
-    kind, rest = text[:1].lower(), text[1:]
-    if text[:1] in (b"C", b"S"):
-        _number(rest)
-    elif kind == b"r":
-        return Action("r", *_numbers(rest, 2))
-    elif kind not in (b"c", b"s") or rest:
-        raise _MalformedError
-    return Action(kind.decode())
 
 
 _COMMANDS: Final[dict[bytes, Callable[[Stub, bytes], Answer]]] = {
