@@ -122,7 +122,7 @@ def test_long_mode_with_everything_in_it(run, tmp_path: Path) -> None:
     )  # fmt: skip
     assert "$1 = 42" in said
     assert "LME LMA" in said and "PAE" in said
-    assert re.search(r"\* 1 +Thread 1 \(ring 0, 64-bit code\)", said)
+    assert re.search(r"\* 1 +Thread 1 \(64-bit mode, ring 0\)", said)
     assert "{5, 0}" in said and "= -2" in said
     assert "Cannot access memory at address 0x900000000" in said
     assert "leads to physical 0x1000" in said

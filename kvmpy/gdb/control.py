@@ -10,11 +10,12 @@ from kvmpy.errors import UnsupportedError
 from kvmpy.gdb.breakpoints import HLT
 from kvmpy.gdb.crew import Came, Watch, run_together, wants_stop
 from kvmpy.gdb.host import Host
-from kvmpy.gdb.registers import RegisterFile, linear_pc
+from kvmpy.gdb.registers import RegisterFile
 from kvmpy.gdb.stops import SIGINT, SIGTRAP, Action, Ended, Failed, Stop
 from kvmpy.gdb.traps import DEBUG
 from kvmpy.gdb.verdicts import SLICE, TF, Debuggee, Verdicts
 from kvmpy.result import Result
+from kvmpy.views.cpumode import linear_rip
 from kvmpy.views.pages import cpl_of
 
 __all__ = ["Control"]
@@ -99,7 +100,8 @@ class Control(Verdicts):
 
     def _pc(self, cpu: int) -> int:
         vcpu = self.machine.cpus[cpu]
-        return linear_pc(vcpu.get_regs(), vcpu.get_sregs())
+        registers = vcpu.get_regs()
+        return linear_rip(vcpu.get_sregs(), registers.rip, registers.rflags)
 
     def _still_holds(self, stop: Stop) -> bool:
         return stop.reason not in ("swbreak", "hwbreak") or self.points.at(self._pc(stop.cpu))
@@ -203,7 +205,7 @@ class Control(Verdicts):
         """One instruction of one vCPU, also where a breakpoint is."""
         vcpu = self.machine.cpus[cpu]
         registers, special = vcpu.get_regs(), vcpu.get_sregs()
-        pc = linear_pc(registers, special)
+        pc = linear_rip(special, registers.rip, registers.rflags)
         native = bool(cpl_of(special) == 3 and special.cs.l)
         by_flag = native and not self.host.step_ring3
         halts = not self.machine.vm.irqchip and not cpl_of(special)

@@ -7,21 +7,18 @@ from typing import Any, Final
 from kvmpy.errors import ConfigError, KvmpyError
 from kvmpy.gdb.control import Control
 from kvmpy.sizes import parse_address
-from kvmpy.views.descriptors import gdt_view
-from kvmpy.views.gates import idt_view
-from kvmpy.views.pages import page_walk
-from kvmpy.x86.paging import PageFlags
-from kvmpy.x86.registers import REGISTER_NAMES
-from kvmpy.x86.state import SpecialRegisters
 
 __all__ = ["COMMANDS", "Monitor"]
 
-_SEGMENTS: Final = ("cs", "ss", "ds", "es", "fs", "gs", "tr", "ldt")
-_MOST: Final = 4096
+_MOST_CODE: Final = 256
+_MOST_BYTES: Final = 4096
+_LONGEST: Final = 1 << 17
+"""Characters of an answer, which is one packet."""
+_ACCESSES: Final = ("read", "write", "fetch")
 
 
 class Monitor:
-    """Runs the commands on `machine`, whose vCPUs are `control`'s."""
+    """Runs the commands on `machine`, a `Machine`, whose vCPUs are `control`'s."""
 
     def __init__(self, control: Control, machine: Any) -> None:
         self.control, self.machine = control, machine
@@ -34,171 +31,91 @@ class Monitor:
             name, *arguments = shlex.split(line) or ["help"]
         except ValueError as error:
             return f"{error}\n"
-        names = [one for one in COMMANDS if one.startswith(name)]
-        if name not in COMMANDS and len(names) != 1:
+        if name not in COMMANDS:
             return f"no command {name!r}: try `monitor help`\n"
-        usage, _, function = COMMANDS[name if name in COMMANDS else names[0]]
+        usage, _, most, function = COMMANDS[name]
+        least = usage.count(" ") - usage.count("[")
+        if not least <= len(arguments) <= most:
+            return f"usage: monitor {usage}\n"
         try:
-            lines = function(self, cpu, *arguments)
+            self.control.registers(cpu)  # with the exit at hand finished
+            text = str(function(self, cpu, *arguments))
         except KvmpyError as error:
             return f"{error}\n"
-        except TypeError:
-            return f"usage: monitor {usage}\n"
-        return "".join(f"{one}\n" for one in lines)
-
-    def special(self, cpu: int) -> SpecialRegisters:
-        """The special registers of a vCPU."""
-        return self.control.registers(cpu).special
+        return f"{text[:_LONGEST]}{'...' if len(text) > _LONGEST else ''}\n"
 
 
-def _help(monitor: Monitor, cpu: int) -> list[str]:
-    return [f"{usage:<18} {words}" for usage, words, _ in COMMANDS.values()]
+def _view(name: str) -> Callable[[Monitor, int], object]:
+    """A command that shows one of a machine's views."""
+    return lambda monitor, cpu: getattr(monitor.machine.view.cpu(cpu), name)()
 
 
-def _regs(monitor: Monitor, cpu: int) -> list[str]:
-    values = monitor.control.registers(cpu).general.as_dict()
-    names = list(REGISTER_NAMES)
-    return [
-        "  ".join(f"{name:>6} {values[name]:016x}" for name in names[at : at + 3])
-        for at in range(0, len(names), 3)
-    ]
+def _help(monitor: Monitor, cpu: int) -> str:
+    return "\n".join(f"{usage:<22} {words}" for usage, words, _, _ in COMMANDS.values())
 
 
-def _cr(monitor: Monitor, cpu: int) -> list[str]:
-    special = monitor.special(cpu)
-    names = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer")
-    lines = ["  ".join(f"{name} {getattr(special, name):x}" for name in names)]
-    for name in _SEGMENTS:
-        one = getattr(special, name)
-        bits = f"type {one.type:x} s {one.s} dpl {one.dpl} p {one.present} l {one.l} db {one.db}"
-        lines.append(f"{name:>4} {one.selector:04x} base {one.base:x} limit {one.limit:x} {bits}")
-    for name in ("gdt", "idt"):
-        table = getattr(special, name)
-        lines.append(f"{name:>4}      base {table.base:x} limit {table.limit:x}")
-    return lines
+def _walk(monitor: Monitor, cpu: int, address: str, access: str = "read") -> object:
+    if access not in _ACCESSES:
+        raise ConfigError(f"{access!r}: use one of {', '.join(_ACCESSES)}")
+    return monitor.machine.view.cpu(cpu).walk(parse_address(address), access)
 
 
-def _gdt(monitor: Monitor, cpu: int) -> list[str]:
-    view = gdt_view(monitor.control.memory.read_ram, monitor.special(cpu))
-    lines = [f"GDT at {view.base:#x}, limit {view.limit:#x}{_note(view.problem)}"]
-    for one in view.entries:
-        if any(one.raw):
-            base = "" if one.segment is None else f" base {one.segment.base:#x} dpl "
-            dpl = "" if one.segment is None else str(one.segment.dpl)
-            lines.append(f"  {one.selector:04x} {one.kind}{base}{dpl}{_note(one.problem)}")
-    return lines
+def _code(monitor: Monitor, cpu: int, offset: str = "", count: str = "8") -> object:
+    wanted = parse_address(count)
+    if not 0 < wanted <= _MOST_CODE:
+        raise ConfigError(f"{wanted} instructions: 1 to {_MOST_CODE}")
+    start = parse_address(offset) if offset else None
+    return monitor.machine.view.cpu(cpu).disassemble(start, wanted)
 
 
-def _idt(monitor: Monitor, cpu: int) -> list[str]:
-    view = idt_view(monitor.control.memory.read_ram, monitor.special(cpu))
-    lines = [f"{view.name} at {view.base:#x}, limit {view.limit:#x}{_note(view.problem)}"]
-    for one in view.entries:
-        if any(one.raw):
-            target = f"{one.selector:04x}:{one.offset:x}"
-            lines.append(
-                f"  {one.vector:3} {one.name:4} {one.kind} {target} dpl {one.dpl}"
-                f"{_note(one.problem)}"
-            )
-    return lines
-
-
-def _note(problem: str) -> str:
-    return f" - {problem}" if problem else ""
-
-
-def _walk(monitor: Monitor, cpu: int, address: str) -> list[str]:
-    linear = parse_address(address)
-    found = page_walk(monitor.control.memory.read_ram, monitor.special(cpu), linear)
-    lines = [f"{found.mode}, CR3 {monitor.special(cpu).cr3:#x}"]
-    for one in found.entries:
-        value = "(no RAM)" if one.value is None else f"{one.value:016x}"
-        note = one.problem or " ".join(flag.name or "" for flag in PageFlags if flag & one.flags)
-        lines.append(f"  {one.name}[{one.index}] at {one.address:#x}: {value} {note}")
-    where = "nowhere" if found.physical is None else f"physical {found.physical:#x}"
-    return [*lines, f"{linear:#x} leads to {where}: {found.why}"]
-
-
-def _code(monitor: Monitor, cpu: int, address: str = "", count: str = "8") -> list[str]:
-    from capstone import CS_ARCH_X86, CS_MODE_16, CS_MODE_32, CS_MODE_64, Cs
-
-    special, wanted = monitor.special(cpu), parse_address(count)
-    start = parse_address(address) if address else monitor.control.registers(cpu).pc
-    if wanted > _MOST // 16:
-        raise ConfigError(f"{wanted} instructions: at most {_MOST // 16}")
-    data = monitor.control.memory.read(special, start, 15 * wanted)
-    mode = CS_MODE_64 if special.cs.l else CS_MODE_32 if special.cs.db else CS_MODE_16
-    lines = [
-        f"{one.address:#10x}: {one.bytes.hex(' '):<24} {one.mnemonic} {one.op_str}".rstrip()
-        for one in Cs(CS_ARCH_X86, mode).disasm(data, start, wanted)
-    ]
-    return lines or [f"no instruction at {start:#x}"]
-
-
-def _map(monitor: Monitor, cpu: int) -> list[str]:
-    regions = [f"  [{one.address:#x}, {one.end:#x}) RAM" for one in monitor.control.memory.ram]
-    layout = monitor.machine.layout.describe()
-    return [*regions, *(f"    [{one.start:#x}, {one.end:#x}) {one.name}" for one in layout)]
-
-
-def _mem(monitor: Monitor, cpu: int, address: str, size: str = "64") -> list[str]:
+def _mem(monitor: Monitor, cpu: int, address: str, size: str = "64") -> object:
     start, length = parse_address(address), parse_address(size)
-    if length > _MOST:
-        raise ConfigError(f"{length} bytes: at most {_MOST}")
-    data = monitor.control.memory.ram.read(start, length)
-    lines = []
-    for at in range(0, length, 16):
-        row = data[at : at + 16]
-        text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in row)
-        lines.append(f"{start + at:#010x}  {row.hex(' '):<47}  {text}")
-    return lines
+    if not 0 < length <= _MOST_BYTES:
+        raise ConfigError(f"{length} bytes: 1 to {_MOST_BYTES}")
+    return monitor.machine.view.cpu(cpu).hexdump(start, length, linear=False)
 
 
-def _devices(monitor: Monitor, cpu: int) -> list[str]:
-    dispatch = monitor.machine.dispatch
-    return [
-        f"  {bus.kind} [{one.base:#x}, {one.base + one.size:#x}) {one.name}"
-        for bus in (dispatch.ports, dispatch.mmio)
-        for one in bus
-    ]
-
-
-def _exits(monitor: Monitor, cpu: int) -> list[str]:
+def _exits(monitor: Monitor, cpu: int) -> str:
     counts = monitor.machine.cpus[cpu].exit_counts()
-    return [f"  {name:<18} {count}" for name, count in counts.items()] or ["  none yet"]
+    return "\n".join(f"  {name:<18} {count}" for name, count in counts.items()) or "  none yet"
 
 
-def _snapshot(monitor: Monitor, cpu: int) -> list[str]:
+def _snapshot(monitor: Monitor, cpu: int) -> str:
     monitor.origin = monitor.machine.snapshot()
-    return ["`monitor reset` goes back to here"]
+    return "`monitor reset` goes back to here"
 
 
-def _reset(monitor: Monitor, cpu: int) -> list[str]:
+def _reset(monitor: Monitor, cpu: int) -> str:
     monitor.machine.restore(monitor.origin)
     monitor.control.forget()
-    return ["the guest is as it was; `maintenance flush register-cache` has gdb look again"]
+    return "the guest is as it was; `maintenance flush register-cache` has gdb look again"
 
 
-def _phys(monitor: Monitor, cpu: int, on: str) -> list[str]:
+def _phys(monitor: Monitor, cpu: int, on: str) -> str:
     if on not in ("on", "off"):
         raise ConfigError(f"{on!r}: on or off")
     monitor.control.memory.physical = on == "on"
-    return [f"addresses of memory are {'physical' if on == 'on' else 'linear'} ones"]
+    return f"addresses of memory are {'physical' if on == 'on' else 'linear'} ones"
 
 
-COMMANDS: Final[dict[str, tuple[str, str, Callable[..., list[str]]]]] = {
-    "help": ("help", "this list", _help),
-    "code": ("code [ADDR [N]]", "instructions, as the vCPU's mode reads them", _code),
-    "regs": ("regs", "the general registers", _regs),
-    "cr": ("cr", "control registers, segments, tables", _cr),
-    "gdt": ("gdt", "the GDT, decoded", _gdt),
-    "idt": ("idt", "the IDT, decoded", _idt),
-    "walk": ("walk ADDR", "the page tables for a linear address", _walk),
-    "map": ("map", "RAM, and what kvmpy keeps there", _map),
-    "mem": ("mem ADDR [SIZE]", "bytes at a physical address", _mem),
-    "phys": ("phys on|off", "have gdb's own addresses be physical", _phys),
-    "devices": ("devices", "who answers which ports and addresses", _devices),
-    "exits": ("exits", "the vCPU's exits so far, by kind", _exits),
-    "snapshot": ("snapshot", "keep all of the guest as it is now", _snapshot),
-    "reset": ("reset", "back to the snapshot, at first the start", _reset),
+# Usage, words, the most arguments, and the function.
+COMMANDS: Final[dict[str, tuple[str, str, int, Callable[..., object]]]] = {
+    "help": ("help", "this list", 0, _help),
+    "code": ("code [OFFSET [COUNT]]", "instructions, as the vCPU's mode reads them", 2, _code),
+    "regs": ("regs", "the general registers, RIP and RFLAGS", 0, _view("registers")),
+    "cr": ("cr", "control registers, bit by bit", 0, _view("control")),
+    "segments": ("segments", "segments and their hidden parts", 0, _view("segments")),
+    "gdt": ("gdt", "the GDT, decoded", 0, _view("gdt")),
+    "ldt": ("ldt", "the LDT, decoded", 0, _view("ldt")),
+    "idt": ("idt", "the IDT, decoded", 0, _view("idt")),
+    "tss": ("tss", "the TSS, decoded", 0, _view("tss")),
+    "walk": ("walk ADDRESS [ACCESS]", "the page walk for a linear address", 2, _walk),
+    "map": ("map", "all that the page tables map", 0, _view("map")),
+    "devices": ("devices", "RAM, and who answers where", 0, _view("memory_map")),
+    "mem": ("mem ADDRESS [SIZE]", "bytes at a physical address", 2, _mem),
+    "phys": ("phys ON_OR_OFF", "have gdb's own addresses be physical", 1, _phys),
+    "exits": ("exits", "the vCPU's exits so far, by kind", 0, _exits),
+    "snapshot": ("snapshot", "keep all of the guest as it is now", 0, _snapshot),
+    "reset": ("reset", "back to the snapshot, at first the start", 0, _reset),
 }
-"""Usage, words and function of each command."""
+"""The commands by name."""

@@ -5,14 +5,13 @@ from typing import Final
 from kvmpy.errors import ConfigError
 from kvmpy.gdb.description import REGISTERS, RIP, Register
 from kvmpy.vcpu import VCPU
+from kvmpy.views.cpumode import instruction_pointer, linear_rip
 from kvmpy.views.descriptors import look_up
 from kvmpy.views.pages import Read
 from kvmpy.x86.flags import CR0
-from kvmpy.x86.registers import Registers
 from kvmpy.x86.segments import Segment
-from kvmpy.x86.state import SpecialRegisters
 
-__all__ = ["RegisterFile", "linear_pc"]
+__all__ = ["RegisterFile"]
 
 _NAMES: Final = {"eflags": "rflags"}
 _XSTATE_BV, _X87_SSE = 512, 3
@@ -25,13 +24,6 @@ _LEGACY: Final = {
     **{f"xmm{n}": (160 + 16 * n, 16) for n in range(16)},
 }  # fmt: skip
 _TAG: Final = 4
-
-
-def linear_pc(registers: Registers, special: SpecialRegisters) -> int:
-    """Where the next instruction is: CS.base + RIP, but in 64-bit code RIP alone."""
-    if special.cs.l:
-        return registers.rip
-    return special.cs.base + registers.rip & 0xFFFF_FFFF
 
 
 class RegisterFile:
@@ -53,7 +45,7 @@ class RegisterFile:
     @property
     def pc(self) -> int:
         """The linear address of the next instruction."""
-        return linear_pc(self.general, self.special)
+        return linear_rip(self.special, self.general.rip, self.general.rflags)
 
     def get(self, number: int) -> bytes:
         """A register's bytes, lowest first."""
@@ -95,8 +87,7 @@ class RegisterFile:
             self._floats[_TAG] = sum((tag != 3) << n for n, tag in enumerate(tags))
             self._float_changed = True
         elif number == RIP:
-            base = 0 if self.special.cs.l else self.special.cs.base
-            self.general.rip = value - base & (1 << 64 if self.special.cs.l else 1 << 32) - 1
+            self.general.rip = instruction_pointer(self.special, value, self.general.rflags)
         elif register.group == "general":
             setattr(self.general, _NAMES.get(name, name), value)
         elif register.group == "selector":

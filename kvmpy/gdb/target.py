@@ -5,8 +5,8 @@ from typing import Protocol
 from kvmpy.gdb.control import Control
 from kvmpy.gdb.description import REGISTERS
 from kvmpy.gdb.monitor import Monitor
+from kvmpy.views.cpumode import cpu_mode
 from kvmpy.views.pages import cpl_of
-from kvmpy.x86.flags import CR0
 
 __all__ = ["GuestTarget", "Target"]
 
@@ -67,13 +67,10 @@ class GuestTarget:
         return self._control.count
 
     def describe(self, cpu: int) -> str:
-        """Ring and kind of code."""
-        special = self._control.registers(cpu).special
-        bits = 64 if special.cs.l else 32 if special.cs.db else 16
-        if not special.cr0 & CR0.PE:
-            words = "real mode"
-        else:
-            words = f"ring {cpl_of(special)}, {bits}-bit code"
+        """Mode and ring."""
+        file = self._control.registers(cpu)
+        words = cpu_mode(file.special, file.general.rflags).name
+        words += f", ring {cpl_of(file.special)}"
         return words + (", halted" if cpu in self._control.ended else "")
 
     def read_register(self, cpu: int, number: int) -> bytes:

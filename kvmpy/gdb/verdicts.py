@@ -8,7 +8,6 @@ from kvmpy.gdb.breakpoints import HLT, INT3, Breakpoints
 from kvmpy.gdb.crew import Came
 from kvmpy.gdb.host import Host
 from kvmpy.gdb.memory import GuestMemory
-from kvmpy.gdb.registers import linear_pc
 from kvmpy.gdb.stops import SIGTRAP, Ended, Stop, crash, exception
 from kvmpy.gdb.traps import (
     BREAKPOINT,
@@ -21,6 +20,7 @@ from kvmpy.gdb.traps import (
 from kvmpy.modes import Layout
 from kvmpy.result import CRASHES, OUTCOMES, Result
 from kvmpy.vcpu import VCPU
+from kvmpy.views.cpumode import linear_rip
 from kvmpy.views.pages import cpl_of
 from kvmpy.vm import VM
 from kvmpy.x86.exceptions import GuestException
@@ -96,7 +96,8 @@ class Verdicts:
             if self.machine.layout.vector_at(vcpu.get_regs().rip) is None:
                 return None  # another vCPU's, which ended this one's run as well
             return self._raised(cpu, result.exception)
-        pc = linear_pc(result.registers, vcpu.get_sregs())
+        registers = result.registers
+        pc = linear_rip(vcpu.get_sregs(), registers.rip, registers.rflags)
         if isinstance(result.exit, Debug):
             return self._debugged(cpu, result.exit, pc)
         refused = isinstance(result.exit, InternalError) and result.exit.instruction[:1] == INT3
