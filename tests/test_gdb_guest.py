@@ -20,6 +20,7 @@ from kvmpy.gdb.host import Host
 from kvmpy.gdb.packets import frame
 from kvmpy.gdb.stops import Action, Stop
 from kvmpy.probe import probe
+from kvmpy.x86.exceptions import GuestException
 from kvmpy.x86.segments import DescriptorTable
 
 pytestmark = pytest.mark.usefixtures("kvm_host")
@@ -472,6 +473,37 @@ def test_two_vcpus_at_one_breakpoint_are_both_told(tmp_path: Path) -> None:
         assert seen == {b"1", b"2"}
 
 
+def test_a_stop_that_came_beside_another_is_told_at_the_next_resume() -> None:
+    with Machine("1M", cpus=2) as machine:
+        machine.load(TWO)
+        control = Control(machine, NOTHING)
+        special = machine.cpus[0].get_sregs()
+        control.points.insert(0, 0x1000, 1, special)
+        both = [Stop(0, 5, "swbreak"), Stop(1, 5, "swbreak")]
+        assert control._first(list(both), False, 0) == both[0]
+        with socket.socket() as sock:
+            watch = SimpleNamespace(fileno=sock.fileno, interrupted=lambda: True)
+            every = dict.fromkeys((0, 1), Action("c"))
+            assert control.resume(every, watch) == both[1]
+            assert machine.memory.read(0x9000, 16) == bytes(16)  # without running
+            control._first(list(both), False, 0)
+            control.points.remove(0, 0x1000)  # then there is nothing to tell of any more
+            came = control.resume(every, watch)
+        assert isinstance(came, Stop) and came.signal == 2
+        control.release()
+
+
+def test_another_vcpus_exception_is_not_ones_own() -> None:
+    with Machine("1M", ring=3, cpus=2) as machine:
+        machine.load(TWO)
+        control = Control(machine, NOTHING)
+        before = machine.cpus[0].get_regs()
+        raised = GuestException(6, "#UD", "", None, 0x1234, 0x33, 2, 0x8000, 0x2B, None)
+        result = Result("exception", before.pack(), 0.0, exception=raised)
+        assert control._judged(0, result, stepping=False) is None
+        assert machine.cpus[0].get_regs() == before
+
+
 def test_the_guest_ends_when_all_have_halted(tmp_path: Path) -> None:
     code = assemble(
         """
@@ -557,7 +589,7 @@ def test_monitor(tmp_path: Path) -> None:
         assert "page tables" in gdb.monitor("devices")
         assert "64-bit TSS" in gdb.monitor("tss")
         assert "LDTR" in gdb.monitor("ldt")
-        assert "cs" in gdb.monitor("segments")
+        assert "CS" in gdb.monitor("segments")
         assert "0x1000  b0 78" in gdb.monitor("mem 0x1000 2")
         assert "debug console" in gdb.monitor("devices")
         assert "cr3" in gdb.monitor("cr")
