@@ -479,7 +479,7 @@ def test_a_stop_that_came_beside_another_is_told_at_the_next_resume() -> None:
         control = Control(machine, NOTHING)
         special = machine.cpus[0].get_sregs()
         control.points.insert(0, 0x1000, 1, special)
-        both = [Stop(0, 5, "swbreak"), Stop(1, 5, "swbreak")]
+        both = [Stop(0, 5, "swbreak"), Stop(1, 5, "swbreak", text="this one")]
         assert control._first(list(both), False, 0) == both[0]
         with socket.socket() as sock:
             watch = SimpleNamespace(fileno=sock.fileno, interrupted=lambda: True)
@@ -594,7 +594,7 @@ def test_monitor(tmp_path: Path) -> None:
         assert "debug console" in gdb.monitor("devices")
         assert "cr3" in gdb.monitor("cr")
         assert "0x1004" in gdb.monitor("code") and "nop" in gdb.monitor("code")
-        assert "no RAM" in gdb.monitor("mem 0xfffffff0 64")
+        assert "no memory at" in gdb.monitor("mem 0xfffffff0 64")
         assert "1 to 4096" in gdb.monitor("mem 0 0x100000000")
         assert "usage: monitor walk ADDRESS" in gdb.monitor("walk")
         assert "usage: monitor regs" in gdb.monitor("regs 1")
