@@ -13,9 +13,10 @@ from kvmpy.autopsy.selectors import check_data, check_stack
 from kvmpy.views.formats import canonical_bits, is_canonical
 from kvmpy.x86.flags import CR0, CR4, EFER
 
-__all__ = ["check_move", "check_msr"]
+__all__ = ["check_load", "check_move", "check_msr"]
 
-_SEGMENTS: Final = ("ds", "es", "fs", "gs")
+_SEGMENTS: Final = ("ss", "ds", "es", "fs", "gs")
+_NO_REGISTERS: Final = {f"cr{number}" for number in (1, 5, 6, 7, *range(9, 16))}
 _EFER_MSR: Final = 0xC000_0080
 _EFER_KNOWN: Final = sum(EFER)
 _BASES: Final = {
@@ -25,19 +26,35 @@ _BASES: Final = {
 _CR4_KNOWN: Final = sum(CR4)
 
 
+def check_load(scene: Scene, instruction: Instruction) -> Fault | None:
+    """What POP of a segment register, LDS, LES, LFS, LGS or LSS raises."""
+    if instruction.mnemonic == "pop":
+        target = instruction.register_operand(0)
+        slot = scene.stack_slot(0, instruction.stack_bytes)
+        return check_segment(scene, target, slot) if target in _SEGMENTS else None
+    at = instruction.memory_address() + instruction.far_offset_bytes
+    return check_segment(scene, instruction.mnemonic[1:], scene.number(at, 2))
+
+
+def check_segment(scene: Scene, name: str, selector: int | None) -> Fault | None:
+    """What loading SS, DS, ES, FS or GS raises; nothing where the selector is not known."""
+    if selector is None or not scene.special.cr0 & CR0.PE:
+        return None
+    if name == "ss":
+        bits = scene.mode.bits
+        return check_stack(scene, selector & 0xFFFF, scene.cpl, "loading SS with", bits=bits)
+    return check_data(scene, selector & 0xFFFF, name)
+
+
 def check_move(scene: Scene, instruction: Instruction) -> Fault | None:
     """What MOV to a segment or control register raises."""
     target = instruction.register_operand(0)
     if target == "cs":
         return Fault("invalid-opcode", "MOV cannot load CS: use a far jump or return", UD)
-    if target == "ss" or target in _SEGMENTS:
-        selector = instruction.value(1, 2)
-        if selector is None or not scene.special.cr0 & CR0.PE:
-            return None
-        if target == "ss":
-            bits = scene.mode.bits
-            return check_stack(scene, selector & 0xFFFF, scene.cpl, "loading SS with", bits=bits)
-        return check_data(scene, selector & 0xFFFF, target)
+    if target in _SEGMENTS:
+        return check_segment(scene, target, instruction.value(1, 2))
+    if {target, instruction.register_operand(1)} & _NO_REGISTERS:
+        return Fault("invalid-opcode", f"{instruction.text}: there is no such register", UD)
     if not target.startswith("cr"):
         return None
     value = instruction.value(1) or 0

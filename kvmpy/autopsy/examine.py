@@ -1,13 +1,14 @@
 """The diagnosis from a dead guest's state: the first fault, its chain, and the cause."""
 
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from kvmpy.autopsy.delivery import chain
 from kvmpy.autopsy.fault import GP, UD, Fault
 from kvmpy.autopsy.instruction import Instruction, decode
 from kvmpy.autopsy.memory import check_fetch, check_touch
+from kvmpy.autopsy.mnemonics import is_hint
 from kvmpy.autopsy.scene import Scene
-from kvmpy.autopsy.system import check_instruction
+from kvmpy.autopsy.system import check_instruction, needs_alignment
 from kvmpy.autopsy.transfers import check_transfer
 from kvmpy.autopsy.zeros import check_zeros
 from kvmpy.views.descriptors import look_up
@@ -15,8 +16,6 @@ from kvmpy.x86.exceptions import EXCEPTIONS, GuestException
 from kvmpy.x86.flags import CR0
 
 __all__ = ["Finding", "explain_exception", "explain_gap", "explain_shutdown", "first_fault"]
-
-_ALIGNED: Final = ("movaps", "movapd", "movdqa", "movntps", "movntdq", "movntpd")
 
 
 class Finding(NamedTuple):
@@ -41,6 +40,8 @@ def first_fault(scene: Scene) -> tuple[Fault | None, Instruction | None]:
         if len(code) < 15 and not beyond.allowed:
             what = f"the instruction at rip {scene.registers.rip:#x} goes on in another page"
             return Fault("page-not-present", f"{what}: {beyond.why}", 14, beyond.error_code), None
+        if is_hint(code):
+            return None, None
         why = f"{code[:8].hex(' ')} is no instruction in {scene.mode}"
         return Fault("invalid-opcode", why, UD), None
     return _raised(scene, instruction), instruction
@@ -50,13 +51,14 @@ def _raised(scene: Scene, instruction: Instruction) -> Fault | None:
     fault = check_instruction(scene, instruction)
     if fault is not None:
         return fault
+    aligned = needs_alignment(instruction)
     for touch in instruction.touches():
+        if aligned and touch.linear % touch.size:
+            why = f"{touch.what}, which is no multiple of {touch.size}"
+            return Fault("unaligned", why, GP, 0, touch.linear)
         fault = check_touch(scene, touch)
         if fault is not None:
             return fault
-        if instruction.mnemonic in _ALIGNED and touch.linear % touch.size:
-            why = f"{touch.what}, which is no multiple of {touch.size}"
-            return Fault("unaligned", why, GP, 0, touch.linear)
     return check_transfer(scene, instruction)
 
 
@@ -158,8 +160,11 @@ def explain_exception(scene: Scene, exception: GuestException) -> Finding:
     fault, instruction = first_fault(scene)
     text = _text(scene, instruction)
     if fault is None or fault.vector != exception.vector:
-        seen = _unseen(scene, instruction)
-        fault = seen if seen is not None and seen.vector == exception.vector else None
+        fault = _unseen(scene, instruction)
+        if exception.vector == UD:
+            fault = Fault("invalid-opcode", f"neither processor nor host take it: {text}", UD)
+        elif fault is not None and fault.vector != exception.vector:
+            fault = None
     if fault is None:
         why = f"{EXCEPTIONS.get(exception.vector, ('', 'an interrupt'))[1]}, as the frame says"
         found = Fault("unknown", why, exception.vector, exception.error_code, exception.address)

@@ -1,36 +1,27 @@
 """The instruction at RIP: decoded by Capstone, and what it reads, writes, pushes and pops."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final
+from typing import Any
 
+from kvmpy.autopsy.memory import Touch
+from kvmpy.autopsy.mnemonics import (
+    BIT_TESTS,
+    FAR_LOADS,
+    NO_ACCESS,
+    POPS,
+    PUSHES,
+    READ_FIRST,
+    STRINGS,
+    WRITE_ONLY_OPERAND,
+)
 from kvmpy.autopsy.scene import Scene
 from kvmpy.views.pages import Access
 
-__all__ = ["Instruction", "Touch", "decode"]
+__all__ = ["Instruction", "decode"]
 
 _IMMEDIATE, _MEMORY = 2, 3  # CS_OP_IMM, CS_OP_MEM
-_WRITES: Final = 2  # CS_AC_WRITE
 _OPERAND_SIZE, _REPEAT = 0x66, (0xF2, 0xF3)
-_NO_ACCESS: Final = frozenset(
-    ("lea", "nop", "invlpg", "prefetcht0", "prefetcht1", "prefetcht2", "prefetchnta", "prefetchw")
-)
-_STRINGS: Final = ("movs", "stos", "lods", "cmps", "scas", "ins", "outs")
-_PUSHES: Final = {"push": 1, "call": 1, "lcall": 2, "enter": 1, "pushal": 8, "pushaw": 8}
-_POPS: Final = {"pop": 1, "ret": 1, "retf": 2, "retfq": 2, "popal": 8, "popaw": 8}
-
-
-@dataclass(frozen=True, slots=True)
-class Touch:
-    """One access to memory: `segment` is what it goes through, `what` says it in words."""
-
-    linear: int
-    size: int
-    access: Access
-    segment: str
-    offset: int
-    what: str
 
 
 class Instruction:
@@ -59,6 +50,13 @@ class Instruction:
     def modrm_reg(self) -> int:
         """The reg field of the ModR/M byte."""
         return int(self._decoded.modrm) >> 3 & 7
+
+    @property
+    def far_offset_bytes(self) -> int:
+        """The size of the offset in a far pointer in memory; the selector follows it."""
+        if self.rex_w:
+            return 8
+        return 2 if (self.scene.mode.bits == 16) != self.wide_prefix else 4
 
     @property
     def is_far(self) -> bool:
@@ -112,28 +110,49 @@ class Instruction:
 
     def touches(self) -> Iterator[Touch]:
         """Each access, in the order in which the processor makes them, but for fetches."""
-        rep = self._decoded.prefix[0] in _REPEAT and self.mnemonic.startswith(_STRINGS)
+        rep = self._decoded.prefix[0] in _REPEAT and self.mnemonic in STRINGS
         if rep and not self.scene.register("rcx"):
             return
         pops, pushes = self._stack_slots()
+        if self.mnemonic == "xlatb":
+            yield self._table_look_up()
+        if self.mnemonic == "leave":
+            at = self.scene.stack_address(self.scene.registers.rbp - self.scene.registers.rsp)
+            size, rbp = self.operand_bytes, self.scene.registers.rbp
+            yield Touch(at, size, "read", "ss", rbp, f"leave pops from {at:#x} (rbp = {rbp:#x})")
         if pops:
             yield from self._stack(pops, "read")
-        if self.mnemonic not in _NO_ACCESS:
-            for operand in sorted(self.memory_operands, key=lambda one: one.access & _WRITES):
+        if not self.mnemonic.startswith(NO_ACCESS):
+            for operand in sorted(self.memory_operands, key=self._writes):
                 yield self._operand(operand)
         if pushes:
             yield from self._stack(pushes, "write")
 
+    def _table_look_up(self) -> Touch:
+        """What XLATB reads: DS:[RBX + AL]."""
+        scene = self.scene
+        offset = (
+            scene.register("rbx") + scene.register("al") & (1 << 8 * self._decoded.addr_size) - 1
+        )
+        base = 0 if scene.mode.bits == 64 else scene.special.ds.base
+        return Touch(base + offset, 1, "read", "ds", offset, f"xlatb reads {base + offset:#x}")
+
     def _operand(self, operand: Any) -> Touch:
         linear, segment, offset = self._address(operand)
-        writes = operand.access & _WRITES
-        if self.mnemonic in ("call", "jmp", "push", "cmp", "test"):
-            writes = 0
-        far = self.is_far and self.operand_bytes + 2
+        writes = self._writes(operand)
+        far = (self.is_far or self.mnemonic in FAR_LOADS) and self.far_offset_bytes + 2
         word = "writes to" if writes else "reads"
         size = far or self._size(operand)
         what = f"{self.mnemonic} {word} {linear:#x}{self._spelled(operand)}"
         return Touch(linear, size, "write" if writes else "read", segment, offset, what)
+
+    def _writes(self, operand: Any) -> bool:
+        """Whether the instruction writes to an operand in memory."""
+        name = self.mnemonic
+        if len(self.operands) == 1:
+            return name in WRITE_ONLY_OPERAND or name.startswith("set")
+        whole = name[:-1] if name in STRINGS else name
+        return operand is self.operands[0] and whole not in READ_FIRST
 
     def _size(self, operand: Any) -> int:
         if self.mnemonic in ("lgdt", "lidt", "sgdt", "sidt"):
@@ -141,9 +160,16 @@ class Instruction:
         return int(operand.size) or 1
 
     def _spelled(self, operand: Any) -> str:
-        base, index = self.name_of(operand.mem.base), self.name_of(operand.mem.index)
-        parts = [name for name in (base, index) if name]
-        return f" ([{' + '.join(parts)} ...])" if parts and base not in ("rip", "eip") else ""
+        """The registers that make up an address, with their values."""
+        names = (self.name_of(operand.mem.base), self.name_of(operand.mem.index))
+        if names[0] in ("rip", "eip"):
+            return ""
+        shown = ", ".join(
+            f"{name} = {self.scene.register(name):#x}"
+            for name in dict.fromkeys(names)
+            if name and not name.endswith("iz")
+        )
+        return f" ({shown})" if shown else ""
 
     def _address(self, operand: Any) -> tuple[int, str, int]:
         """The linear address of an operand, its segment and its offset in it."""
@@ -156,17 +182,26 @@ class Instruction:
             offset += scene.register(base)
         if index and not index.endswith("iz"):
             offset += scene.register(index) * memory.scale
+        if self.mnemonic in BIT_TESTS and self.operands[1].type != _IMMEDIATE:
+            offset += self._bit_offset()
         offset &= (1 << 8 * self._decoded.addr_size) - 1
         name = self.name_of(memory.segment)
         if not name:
             stack = base in ("rsp", "esp", "rbp", "ebp", "bp", "sp")
-            destination = self.mnemonic.startswith(_STRINGS) and base.endswith("di")
+            destination = self.mnemonic in STRINGS and base.endswith("di")
             name = "ss" if stack else "es" if destination else "ds"
         segment = scene.segment(name)
         if scene.mode.bits == 64:
             base_address = segment.base if name in ("fs", "gs") else 0
             return base_address + offset & (1 << 64) - 1, name, offset
         return segment.base + offset & 0xFFFF_FFFF, name, offset
+
+    def _bit_offset(self) -> int:
+        """How far from its operand BT with a bit number in a register looks (SDM Vol.2 BT)."""
+        size = int(self.operands[1].size)
+        number = self.value(1) or 0
+        number -= (1 << 8 * size) if number >> 8 * size - 1 else 0
+        return number // (8 * size) * size
 
     def _stack_slots(self) -> tuple[int, int]:
         name = self.mnemonic
@@ -178,7 +213,7 @@ class Instruction:
             return 1, 0
         if name == "call" and self.is_far:
             return 0, 2
-        return _POPS.get(name, 0), _PUSHES.get(name, 0)
+        return POPS.get(name, 0), PUSHES.get(name, 0)
 
     def _stack(self, slots: int, access: Access) -> Iterator[Touch]:
         size = self.stack_bytes

@@ -1,15 +1,15 @@
 """Whether an access to memory faults, and why: canonical form, segments, page tables."""
 
+from dataclasses import dataclass
 from typing import Final
 
 from kvmpy.autopsy.fault import GP, PF, SS, Fault
-from kvmpy.autopsy.instruction import Touch
 from kvmpy.autopsy.scene import Scene
 from kvmpy.views.formats import canonical_bits, is_canonical
-from kvmpy.views.pages import PageWalk
+from kvmpy.views.pages import Access, PageWalk
 from kvmpy.x86.flags import CR0
 
-__all__ = ["check_fetch", "check_touch", "page_fault"]
+__all__ = ["Touch", "check_fetch", "check_touch", "page_fault"]
 
 _PAGE: Final = 4096
 _NEAR_ZERO: Final = 0x1000
@@ -21,6 +21,18 @@ _REFUSALS: Final = (
     ("supervisor page", "supervisor-page"),
     ("read-only", "write-protected"),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Touch:
+    """One access to memory: `segment` is what it goes through, `what` says it in words."""
+
+    linear: int
+    size: int
+    access: Access
+    segment: str
+    offset: int
+    what: str
 
 
 def check_touch(scene: Scene, touch: Touch) -> Fault | None:
@@ -40,7 +52,8 @@ def _check_segment(scene: Scene, touch: Touch) -> Fault | None:
     vector = SS if stack else GP
     if scene.mode.bits == 64:
         bits = canonical_bits(special)
-        if is_canonical(touch.linear, bits) and is_canonical(touch.linear + touch.size - 1, bits):
+        end = touch.linear + touch.size - 1 & (1 << 64) - 1
+        if is_canonical(touch.linear, bits) and is_canonical(end, bits):
             return None
         why = f"{touch.what}, which is not canonical: bits 63 to {bits - 1} are not all equal"
         return Fault("non-canonical", why, vector, 0, touch.linear)

@@ -5,12 +5,13 @@ Sources: SDM Vol.2 (each instruction's exceptions), Vol.3 2.8, 5.9 (privileged i
 
 from typing import Final
 
-from kvmpy.autopsy.control import check_move, check_msr
+from kvmpy.autopsy.control import check_load, check_move, check_msr
 from kvmpy.autopsy.fault import GP, NM, UD, Fault
 from kvmpy.autopsy.instruction import Instruction
 from kvmpy.autopsy.scene import Scene
 from kvmpy.autopsy.selectors import check_system
 from kvmpy.views.formats import canonical_bits, is_canonical
+from kvmpy.views.taskstate import tss_view
 from kvmpy.x86.flags import CR0, CR4, RFLAGS
 
 __all__ = ["check_instruction"]
@@ -40,11 +41,13 @@ _PRIVILEGED: Final = frozenset(
         "mwait",
     ]
 )
+_UMIP: Final = ("sgdt", "sidt", "sldt", "smsw", "str")
 _IO: Final = frozenset(("in", "out", "insb", "insw", "insd", "outsb", "outsw", "outsd"))
 _TRAPS: Final = {"int3": 3, "into": 4, "int1": 1}
 _SSE: Final = frozenset(
     ["sse1", "sse2", "sse3", "ssse3", "sse41", "sse42", "sse4a", "aes", "pclmul", "sha"]
 )
+_UNALIGNED: Final = ("movup", "movdqu", "lddqu", "pcmpestr", "pcmpistr")
 _WITHOUT_STATE: Final = frozenset(
     [
         "prefetcht0",
@@ -82,6 +85,8 @@ def check_instruction(scene: Scene, instruction: Instruction) -> Fault | None:
         return fault
     if name == "mov" and instruction.operands:
         return check_move(scene, instruction)
+    if name in ("pop", "lds", "les", "lfs", "lgs", "lss"):
+        return check_load(scene, instruction)
     if name in ("wrmsr", "rdmsr"):
         return check_msr(scene, name)
     if name in ("ltr", "lldt"):
@@ -95,17 +100,49 @@ def check_instruction(scene: Scene, instruction: Instruction) -> Fault | None:
     return None
 
 
+def needs_alignment(instruction: Instruction) -> bool:
+    """Whether operands of 16 bytes must be aligned: SSE's, but for a few (SDM Vol.2 2.4)."""
+    groups, name = instruction.groups, instruction.mnemonic
+    if any(group.startswith("avx") for group in groups) or not groups & _SSE:
+        return False
+    wide = any(operand.size == 16 for operand in instruction.memory_operands)
+    return wide and not name.startswith(_UNALIGNED)
+
+
 def _privilege(scene: Scene, instruction: Instruction) -> Fault | None:
     name, cpl = instruction.mnemonic, scene.cpl
     if not cpl:
         return None
-    iopl = scene.registers.rflags >> 12 & 3
+    special, iopl = scene.special, scene.registers.rflags >> 12 & 3
     registers = {instruction.register_operand(0)[:2], instruction.register_operand(1)[:2]}
     if name in _PRIVILEGED or (name == "mov" and registers & {"cr", "dr"}):
         return Fault("privileged", f"{name} in ring {cpl}: only ring 0 may", GP, 0)
     if name in ("cli", "sti") and iopl < cpl:
         return Fault("privileged", f"{name} in ring {cpl} with IOPL {iopl}", GP, 0)
+    if name == "rdpmc" and not special.cr4 & CR4.PCE:
+        return Fault("privileged", f"rdpmc in ring {cpl} with CR4.PCE clear", GP, 0)
+    if name in ("rdtsc", "rdtscp") and special.cr4 & CR4.TSD:
+        return Fault("privileged", f"{name} in ring {cpl} with CR4.TSD set", GP, 0)
+    if name in _UMIP and special.cr4 & CR4.UMIP:
+        return Fault("privileged", f"{name} in ring {cpl} with CR4.UMIP set", GP, 0)
+    if name in _IO and iopl < cpl:
+        return _port(scene, instruction)
     return None
+
+
+def _port(scene: Scene, instruction: Instruction) -> Fault | None:
+    """What the I/O permission bitmap says (SDM Vol.1 19.5.2)."""
+    name, operands = instruction.mnemonic, instruction.operands
+    if name in ("in", "out"):
+        data, number = (0, 1) if name == "in" else (1, 0)
+        size, port = operands[data].size, instruction.value(number) or 0
+    else:
+        size, port = {"b": 1, "w": 2, "d": 4}[name[-1]], scene.register("dx")
+    opened = tss_view(scene.read, scene.special).ports
+    if any(first <= port and port + size - 1 <= last for first, last in opened):
+        return None
+    why = f"{instruction.text} to port {port:#x} in ring {scene.cpl}, which the TSS does not open"
+    return Fault("port-closed", why, GP, 0)
 
 
 def _units(scene: Scene, instruction: Instruction) -> Fault | None:

@@ -33,8 +33,7 @@ def check_transfer(scene: Scene, instruction: Instruction) -> Fault | None:
 
 def _far(scene: Scene, instruction: Instruction) -> Fault | None:
     if instruction.memory_operands:
-        at, size = instruction.memory_address(), instruction.operand_bytes
-        size = 8 if instruction.rex_w else 2 if instruction.wide_prefix else min(size, 4)
+        at, size = instruction.memory_address(), instruction.far_offset_bytes
         offset, selector = scene.number(at, size), scene.number(at + size, 2)
     else:
         selector, offset = instruction.value(0), instruction.value(1)
