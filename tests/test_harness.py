@@ -257,10 +257,3 @@ def test_the_shipped_guest_adds_up_its_inputs(batch: int) -> None:
         expected = ("ended", sum(given_)) if given_ else ("crash", 1)
         assert (one.outcome, one.value, one.crashed) == (*expected, not given_)
     assert re.fullmatch("code 1 at 0x10..", found[0].detail)
-
-
-@needs_kvm
-def test_the_documentation_runs() -> None:
-    text = (ROOT / "docs/harness.md").read_text()
-    (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    exec(block, {})

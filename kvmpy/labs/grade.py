@@ -74,15 +74,14 @@ def grade(exercise: Exercise, guest: str | Path, random: Random | None = None) -
 
 def _findings(checks: tuple[Check, ...], image: Image, case: Case) -> Iterator[Finding]:
     moments: list[Moment] = []
-    given = [case.input]
+    pieces = [case.input] if isinstance(case.input, bytes) else list(case.input)
 
     def output(data: bytes) -> None:
         if len(moments) < _MOST_MOMENTS:
             moments.append(Moment(data, machine.cpus[0].get_sregs()))
 
     def read() -> bytes:
-        data, given[0] = given[0], b""
-        return data
+        return pieces.pop(0) if pieces else b""
 
     machine = Machine.from_image(image, output=output, input=read)
     with machine:

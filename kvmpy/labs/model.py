@@ -31,13 +31,15 @@ class Case:
     """One run of the student's guest, and what the checks know of it.
 
     `about` tells the student what was special in this run: "with 'abc' as input". `input` comes
-    in at the serial port. `prepare` is called with the machine when the guest is loaded, to
-    attach devices or to write memory; what it returns is `Run.kept`. `expect` holds what the
-    checks compare with. The run ends after `timeout` seconds or `max_exits` exits.
+    in at the serial port, in pieces if it is a sequence of them: the next one whenever the port
+    looks for more, and an empty one says that there is nothing yet. `prepare` is called with the
+    machine when the guest is loaded, to attach devices or to write memory; what it returns is
+    `Run.kept`. `expect` holds what the checks compare with. The run ends after `timeout` seconds or
+    `max_exits` exits.
     """
 
     about: str = ""
-    input: bytes = b""
+    input: bytes | Sequence[bytes] = b""
     prepare: Callable[[Machine], object] | None = None
     expect: Mapping[str, Any] = field(default_factory=dict)
     timeout: float = 3.0
@@ -57,7 +59,7 @@ class Moment(NamedTuple):
 
     @property
     def ring(self) -> int:
-        """The privilege level, which is DPL of SS (SDM Vol.3 6.5)."""
+        """The privilege level, which is DPL of SS (SDM Vol.3 25.4.1)."""
         return self.special.ss.dpl
 
 

@@ -3,7 +3,7 @@
 from typing import Final
 
 from kvmpy.errors import ConfigError
-from kvmpy.labs import page1, page4, page5, page6, page8
+from kvmpy.labs import page1, page2, page3, page4, page5, page6, page7, page8
 from kvmpy.labs.model import Exercise
 
 __all__ = ["EXERCISES", "find"]
@@ -12,9 +12,12 @@ EXERCISES: Final[dict[str, Exercise]] = {
     one.number: one
     for page in (
         page1,
+        page2,
+        page3,
         page4,
         page5,
         page6,
+        page7,
         page8,
     )
     for one in page.EXERCISES

@@ -1,0 +1,63 @@
+"""Every block of the pages in docs/ is run, as docs/README.md says; every link leads somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+from docblocks import ROOT, blocks, lacking, matches, run_block
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+@pytest.mark.usefixtures("kvm_host")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_blocks_of_a_page(page: Path, tmp_path: Path) -> None:
+    """In their order and in one directory, as a reader would type them."""
+    not_here = []
+    for block in blocks(page):
+        if reason := lacking(block):
+            not_here.append(f"line {block.line}: {reason}")
+            continue
+        try:
+            run_block(block, tmp_path)
+        except AssertionError as error:
+            raise AssertionError(f"docs/{page.name}:{block.line}: {error}") from error
+    if not_here:
+        pytest.skip("all but these were run: " + "; ".join(not_here))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert "://" in target or (DOCS / target).exists(), f"{page.name}: no {target}"
+
+
+def test_the_index_has_every_page() -> None:
+    index = (DOCS / "README.md").read_text()
+    for page in PAGES:
+        assert page.name == "README.md" or f"]({page.name})" in index, page.name
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "same"),
+    [
+        ("a\n", "a\n", True),
+        ("a\n", "b\n", False),
+        ("a\n", "a\nb\n", False),
+        ("a\n  ...\nd\n", "a\nb\nc\nd\n", True),
+        ("a\n...\nd\n", "a\nd\n", True),
+        ("a ...\n", "a b c\n", True),
+        ("a ...\n", "b c\n", False),
+        ("and so on ...\n", "and so on ...\n", True),
+        ("   0.000106  halt  1.2 us\n", "  10.5  halt  900 ns\n", True),
+        ("   0.000106  halt  1.2 us\n", "  10.5  port  900 ns\n", False),
+        ("3 ms   84.3 %  in\n", "12.5 s  8 %  in\n", True),
+        ("21 exits\n", "22 exits\n", False),
+        ("21 exits in 3 us\n", "22 exits in 3 us\n", False),
+        ("(.*)\n", "abc\n", False),
+    ],
+)
+def test_what_matches(expected: str, found: str, same: bool) -> None:
+    assert matches(expected, found) is same
