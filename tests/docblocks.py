@@ -25,7 +25,9 @@ _BLOCK = re.compile(
 # A number that is another one each time: with a decimal point, or of time, or a percentage.
 _MEASURED = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+|(?=\s?(?:ns|us|ms|s|%)(?!\w)))(?![\w.])")
 _UNIT = re.compile(r"(?<=#) ?(?:ns|us|ms|s)(?!\w)")
+_STEP = re.compile(r"^ *\d+(?=  [0-9a-f]{8}  )", re.MULTILINE)
 _TITLE = re.compile(r"# (?P<name>\w+) - ")
+_SCRIPT = re.compile(r"# (?P<name>\w+\.py) - ")
 
 
 class Block(NamedTuple):
@@ -58,7 +60,10 @@ def lacking(block: Block) -> str:
 
 def run_block(block: Block, directory: Path) -> None:
     """Run it in that directory, or keep it there as a file; AssertionError where it is not so."""
-    if block.kind == "python":
+    script = _SCRIPT.match(block.text)
+    if block.kind == "python" and script:
+        (directory / script["name"]).write_text(block.text)
+    elif block.kind == "python":
         run_python(block.text, directory)
     elif block.kind == "console":
         run_console(block.text, directory)
@@ -102,8 +107,9 @@ def matches(expected: str, found: str) -> bool:
 
 
 def _plain(text: str) -> list[str]:
-    """Its lines with single blanks, and with a sign for what is measured."""
-    plain = _UNIT.sub("", _MEASURED.sub("#", re.sub(" +", " ", text)))
+    """Its lines with single blanks, and with signs for numbers that are others elsewhere."""
+    plain = _UNIT.sub("", _MEASURED.sub("#", _STEP.sub("#", text.replace(f"{ROOT}/", ""))))
+    plain = re.sub(" +", " ", plain)
     return plain.splitlines()
 
 

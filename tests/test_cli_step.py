@@ -1,12 +1,10 @@
 """`kvmpy step` and `kvmpy explain`, as a user meets them."""
 
-import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +13,6 @@ from kvmpy.cli import main
 from kvmpy.probe import probe
 
 verb = import_module("kvmpy.cli.step")
-DOCUMENT = Path(__file__).parent.parent / "docs" / "views-and-stepping.md"
 
 
 def kvmpy(capfd, *arguments):
@@ -161,43 +158,3 @@ class TestExplain:
         explained = kvmpy(capfd, "explain", *arguments)
         assert explained == kvmpy(capfd, "run", *arguments, "--timeout", 1)
         assert explained[0] == 2 and explained[1] == "" and len(explained[2]) == 1
-
-
-def transcripts():
-    text = DOCUMENT.read_text()
-    for match in re.finditer(r"^```console\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
-        line = text[: match.start()].count("\n") + 2
-        yield pytest.param(match.group(1), id=f"line{line}")
-
-
-def unnumbered(text):
-    """Without the numbers of steps: a string instruction takes more of them on some hosts."""
-    return re.sub(r"^ +\d+(?=  [0-9a-f]{8}  )", "N", text, flags=re.MULTILINE)
-
-
-@pytest.mark.usefixtures("stepping")
-@pytest.mark.parametrize("transcript", [*transcripts()])
-def test_the_documents_transcripts(transcript):
-    command, _, expected = transcript.removeprefix("$ ").partition("\n")
-    script = command.replace("kvmpy ", f"{sys.executable} -m kvmpy ", 1)
-    environment = {**os.environ, "PYTHONPATH": str(DOCUMENT.parent.parent)}
-    done = subprocess.run(
-        ["bash", "-c", script], capture_output=True, text=True, timeout=60, env=environment,
-        cwd=DOCUMENT.parent.parent,
-    )  # fmt: skip
-    # A line of dots stands for lines that are left out; the checkout's place is its reader's.
-    pattern = re.escape(unnumbered(expected)).replace(re.escape("  ...\n"), "(?:.*\n)*?")
-    shown = (done.stdout + done.stderr).replace(f"{DOCUMENT.parent.parent}/", "")
-    assert re.fullmatch(pattern, unnumbered(shown)), shown
-
-
-@pytest.mark.usefixtures("kvm_host")
-def test_the_documents_python():
-    (code,) = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)
-    environment = {**os.environ, "PYTHONPATH": str(DOCUMENT.parent.parent)}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60,
-        env=environment,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "CR0.PE" in done.stdout and "4-level" in done.stdout

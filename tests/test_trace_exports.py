@@ -376,9 +376,3 @@ def test_the_documented_layout_is_the_real_one() -> None:
     fields = ffi.typeof("struct kvmpy_record").fields
     found = [(field.offset, ffi.sizeof(field.type), name) for name, field in fields]
     assert [(int(offset), int(size), name) for offset, size, name in rows] == found
-
-
-@pytest.mark.usefixtures("kvm_host")
-def test_the_documented_code_runs() -> None:
-    for code in re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL):
-        exec(compile(code, "docs/tracing.md", "exec"), {})
