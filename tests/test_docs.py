@@ -57,6 +57,10 @@ def test_the_index_has_every_page() -> None:
         ("21 exits\n", "22 exits\n", False),
         ("21 exits in 3 us\n", "22 exits in 3 us\n", False),
         ("(.*)\n", "abc\n", False),
+        ("   12  00007c18  lgdt\n", "  345  00007c18  lgdt\n", True),
+        ("   12  00007c18  lgdt\n", "   12  00007c19  lgdt\n", False),
+        ("a  b\n", "a b\n", True),
+        ("SDM Vol.3 3.4.5\n", "SDM Vol.3 3.4.6\n", False),
     ],
 )
 def test_what_matches(expected: str, found: str, same: bool) -> None:

@@ -1,6 +1,6 @@
 """Running a student's guest in each of an exercise's cases, and what the checks say of it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random, SystemRandom
@@ -8,7 +8,7 @@ from typing import Final
 
 from kvmpy.boot.image import load_image
 from kvmpy.boot.segments import Image
-from kvmpy.errors import AddressError, UnsupportedError
+from kvmpy.errors import AddressError, ConfigError, UnsupportedError
 from kvmpy.labs.model import Case, Check, Exercise, Finding, Moment, Run
 from kvmpy.machine import Machine
 from kvmpy.probe import probe
@@ -85,7 +85,7 @@ def _findings(checks: tuple[Check, ...], image: Image, case: Case) -> Iterator[F
 
     machine = Machine.from_image(image, output=output, input=read)
     with machine:
-        kept = None if case.prepare is None else case.prepare(machine)
+        kept = None if case.prepare is None else _prepare(case.prepare, machine)
         machine.trace.start(when_full="stop")
         result = machine.run(timeout=case.timeout, max_exits=case.max_exits)
         machine.trace.stop()
@@ -95,3 +95,13 @@ def _findings(checks: tuple[Check, ...], image: Image, case: Case) -> Iterator[F
                 yield check(run)
             except AddressError as error:  # its RAM may be smaller than the check expects
                 yield Finding(False, str(error))
+
+
+def _prepare(prepare: Callable[[Machine], object], machine: Machine) -> object:
+    try:
+        return prepare(machine)
+    except AddressError as error:
+        raise ConfigError(
+            f"this exercise needs more memory than the guest asks for: leave out "
+            f'"# memory:" ({error})'
+        ) from None

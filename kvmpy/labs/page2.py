@@ -24,7 +24,9 @@ def _questions(random: Random) -> Sequence[Case]:
 
             @machine.on_port(_ASK)
             def ask(offset: int, size: int, value: int | None) -> int | None:
-                return (left.pop(0) if left else 0) if value is None else None
+                if value is not None:
+                    return None
+                return (left.pop(0) if left else 0) & ((1 << 8 * size) - 1)
 
             @machine.on_port(_TELL)
             def tell(offset: int, size: int, value: int | None) -> int | None:
