@@ -91,7 +91,7 @@ def _guard(random: Random) -> Sequence[Case]:
             expect={"page": page},
         )
 
-    inner = [PAGE_2M + PAGE_4K * random.randrange(1, 511) for _ in range(2)]
+    inner = [PAGE_2M + PAGE_4K * random.randrange(*bounds) for bounds in ((1, 256), (256, 511))]
     return [case(page) for page in (*inner, PAGE_2M)]
 
 
