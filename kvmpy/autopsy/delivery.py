@@ -80,7 +80,7 @@ def deliver(scene: Scene, fault: Fault) -> Fault | None:
     if not scene.special.cr0 & CR0.PE:
         return None
     if gate.problem:
-        return _gate_fault(gate, name, error)
+        return _descriptor_fault(scene, gate, name) or _gate_fault(gate, name, error)
     if gate.kind == "task gate":
         return None  # not looked into
     handler = look_up(scene.read, scene.special, gate.selector).segment
@@ -109,6 +109,19 @@ def _table_fault(scene: Scene, vector: int, name: str, error: int) -> Fault | No
             why = f"the IDT at {special.idt.base:#x} is not in RAM: its gates read as ones"
             return Fault("idt-outside-ram", why, GP, error)
     return None
+
+
+def _descriptor_fault(scene: Scene, gate: Gate, name: str) -> Fault | None:
+    """What reading the handler's descriptor raises, where the table is in no page."""
+    start, table = gate.selector & ~7, scene.special.gdt
+    looked_up = "segment" in gate.problem and not gate.selector & 4
+    if not looked_up or start + 7 > table.limit:
+        return None
+    walk = scene.walk(table.base + start, "read", cpl=0)
+    if walk.allowed:
+        return None
+    what = f"reading the descriptor that the gate of {name} names, in the GDT at {walk.linear:#x}"
+    return page_fault(scene, walk, what, stack=False)
 
 
 def _gate_fault(gate: Gate, name: str, error: int) -> Fault:

@@ -1,0 +1,49 @@
+"""A GDT that the guest's new page tables do not map: what reading it raises is a page fault."""
+
+import pytest
+
+from kvmpy import Machine, assemble
+from kvmpy.x86.paging import PAGE_2M
+
+GUEST = """
+        lidt    [rip + idt_register]
+        mov     esp, 0x20000
+        mov     qword ptr [0x10000], 0x11003
+        mov     qword ptr [0x11000], 0x12003
+        mov     qword ptr [0x12000], 0x83       # the first 2 MiB, and nothing else
+        mov     eax, 0x10000
+        mov     cr3, rax
+        ud2
+handler:
+        hlt
+        .align  16
+idt:    .space  6 * 16
+        .word   handler & 0xffff, 8, TYPE, handler >> 16
+        .long   0, 0
+idt_end:
+idt_register:
+        .word   idt_end - idt - 1
+        .quad   idt
+"""
+
+
+@pytest.mark.usefixtures("kvm_host")
+@pytest.mark.parametrize(
+    ("gate", "second", "cause", "address"),
+    [
+        (0x8E00, 14, "page-not-present", True),
+        (0x8800, 13, "wrong-gate", False),  # looked at before the descriptor is
+        (0x0E00, 11, "gate-not-present", False),
+    ],
+)
+def test_a_gdt_without_a_page(gate: int, second: int, cause: str, address: bool) -> None:
+    with Machine("16M") as machine:
+        machine.load(assemble(GUEST.replace("TYPE", f"{gate:#x}"), at=0x1000))
+        result = machine.run(timeout=2.0)
+        assert result.outcome == "shutdown"
+        found = machine.autopsy(result)
+        assert (found.vector, found.faults[1].vector) == (6, second)
+        assert found.faults[1].cause == cause
+        gdt = machine.layout.gdt
+        assert gdt is not None and gdt > PAGE_2M
+        assert found.faults[1].address == (gdt + 8 if address else None)
