@@ -3,7 +3,7 @@
 from typing import Final
 
 from kvmpy.errors import ConfigError
-from kvmpy.labs import page1, page2, page3, page4, page5, page6, page7, page8
+from kvmpy.labs import page1, page2, page3, page4, page5, page6, page7, page8, page9
 from kvmpy.labs.model import Exercise
 
 __all__ = ["EXERCISES", "find"]
@@ -19,6 +19,7 @@ EXERCISES: Final[dict[str, Exercise]] = {
         page6,
         page7,
         page8,
+        page9,
     )
     for one in page.EXERCISES
 }  # fmt: skip
