@@ -11,7 +11,7 @@ from kvmpy.exits import OFFSET_REASON
 from kvmpy.machine import Machine
 from kvmpy.memory import Memory
 from kvmpy.result import CRASHES
-from kvmpy.running import LAST_END
+from kvmpy.running import LAST_END, raised_with
 from kvmpy.serve import serve
 from kvmpy.snapshot import Snapshot
 from kvmpy.snapshot.reset import DIRTY_LOG
@@ -38,7 +38,8 @@ class Outcome(NamedTuple, Generic[_T]):
     """What became of one input.
 
     `outcome`, `detail` and `value` are as in `Result`; `exception` is what ring-3 code raised.
-    `packed` are the general registers at the end. `machine` is the machine as the run has left it:
+    `packed` are the general registers at the end; after an exception rip, rsp and rflags are those
+    of the code that raised it. `machine` is the machine as the run has left it:
     good for a look until the next outcome is asked for. `collected` are the bytes that were asked
     for, and `touched` the addresses of the pages that differed from the snapshot at the end.
 
@@ -353,5 +354,6 @@ def _outcome(prepared: _Prepared, given: _T, at: int, last: bool) -> Outcome[_T]
     else:
         outcome, detail, value = machine._came_to(code, machine.cpus[0])
     if isinstance(value, GuestException):
-        packed, exception, value = machine.cpus[0].get_packed_regs(), value, None
+        exception, value = value, None
+        packed = raised_with(machine.cpus[0].get_packed_regs(), exception)
     return Outcome(given, outcome, detail, value, exception, packed, collected, machine, touched)

@@ -29,7 +29,7 @@ from kvmpy.vm import VM
 from kvmpy.x86.exceptions import GuestException, decode_exception
 from kvmpy.x86.registers import Registers
 
-__all__ = ["LAST_END", "Running"]
+__all__ = ["LAST_END", "Running", "raised_with"]
 
 _OUTCOMES: Final = {
     lib.KVMPY_STOPPED: "stopped",
@@ -86,7 +86,9 @@ class Running:
         """Run a vCPU on this thread until the guest ends, or for `timeout` seconds, or exits.
 
         What the guest does to itself is the result's outcome. An exception of a device's is
-        raised here, and so is KeyboardInterrupt; after either, the guest can be run on.
+        raised here, and so is KeyboardInterrupt; after either, the guest can be run on. After the
+        outcome "exception" it cannot: kvmpy's stub that reported it stands at a HLT, so that
+        another run ends with "halt". Reset the machine, or `set_entry`.
         """
         vcpu = self._ready(cpu)
         limit, before, drain = _exit_limit(max_exits), vcpu.counters(), self._drain(vcpu)
@@ -240,11 +242,7 @@ class Running:
         outcome, detail, value = self._came_to(code, vcpu)
         packed = vcpu.get_packed_regs()
         if isinstance(value, GuestException):
-            # Those of the code that raised it, not of the stub that reported it.
-            registers = Registers.unpack(packed)
-            registers.rip, registers.rsp = value.rip, value.rsp
-            registers.rflags = value.rflags
-            packed = registers.pack()
+            packed = raised_with(packed, value)
         return Result(
             outcome=outcome,
             packed=packed,
@@ -264,6 +262,14 @@ class Running:
     def unclaimed(self) -> list[str]:
         """A line for each address at which accesses found no device, with their number."""
         return [line for one in self.dispatch.unclaimed.values() for line in one.lines()]
+
+
+def raised_with(packed: bytes, exception: GuestException) -> bytes:
+    """The registers of the code that raised an exception, of those of the stub that reported it."""
+    registers = Registers.unpack(packed)
+    registers.rip, registers.rsp = exception.rip, exception.rsp
+    registers.rflags = exception.rflags
+    return registers.pack()
 
 
 def _nothing() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,6 +90,9 @@ def test_a_crash_shows_registers_code_and_advice(image) -> None:
     assert "00000000deadbeef" in text
     assert "ud2" in text
     assert "try:" in text
+    selectors = re.search(r" cs (\w{4}) .* ss (\w{4}) ", text)
+    assert selectors is not None  # those of ring 3, not of the stub that reported it
+    assert [int(one, 16) & 3 for one in selectors.groups()] == [3, 3]
 
 
 def test_unclaimed_accesses_are_reported(image) -> None:

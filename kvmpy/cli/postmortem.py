@@ -46,8 +46,11 @@ def postmortem(machine: Machine, result: Result) -> None:
         row = names[at : at + 4]
         text.append("  " + "  ".join(f"{name:>6} {registers[name]:016x}" for name in row))
     special = machine.cpus[0].get_sregs()
+    cs, ss = special.cs.selector, special.ss.selector
+    if exception is not None:  # the vCPU's own are those of the stub that reported it
+        cs, ss = exception.cs, exception.ss
     text.append(
-        f"     cs {special.cs.selector:04x} base {special.cs.base:x}  ss {special.ss.selector:04x}"
+        f"     cs {cs:04x} base {special.cs.base:x}  ss {ss:04x}"
         f"  cr0 {special.cr0:x}  cr2 {special.cr2:x}  cr3 {special.cr3:x}  cr4 {special.cr4:x}"
         f"  efer {special.efer:x}"
     )
