@@ -22,7 +22,8 @@ is one machine that is reset to it before each test and closed at the module's e
 a test has closed, or given other devices, RAM or vCPUs, is replaced by a new one.
 
 `kvmpy_attach` gives a function that attaches your devices to a machine, None by default. It is
-called for each machine that is made here, not for a `Machine` that `kvmpy_guest` gives.
+called for each machine that is made here and for one that `kvmpy_guest` gives, where devices that
+this one has already at the same addresses stay.
 
 The report of a test that failed has the guest's last output and its registers. Without /dev/kvm
 tests skip and say why; under KVMPY_REQUIRE_KVM=1 they fail. Not taken back between tests: what no
@@ -38,6 +39,8 @@ import pytest
 
 from kvmpy.abi import lib
 from kvmpy.boot.segments import Image
+from kvmpy.bus import Bus, Claim, Device
+from kvmpy.dispatch import Dispatch
 from kvmpy.errors import ConfigError, KvmpyError, KVMUnavailableError
 from kvmpy.kvm import KVM
 from kvmpy.machine import Machine
@@ -128,18 +131,16 @@ class _Bench:
         self._shape = _shape(machine)
 
     def _first(self, guest: Any) -> Machine:
-        if isinstance(guest, Machine):
-            return guest
         if isinstance(guest, Snapshot):
             return Machine.from_snapshot(guest, self._attach)
-        if not isinstance(guest, Image | str | os.PathLike):
+        if not isinstance(guest, Machine | Image | str | os.PathLike):
             raise ConfigError(
                 f"kvmpy_guest gave {guest!r}: give a Machine, a Snapshot, an Image or a file's name"
             )
-        machine = Machine.from_image(guest)
+        machine = guest if isinstance(guest, Machine) else Machine.from_image(guest)
         try:
             if self._attach is not None:
-                self._attach(machine)
+                _attach_rest(machine, self._attach)
         except BaseException:
             _close(machine)
             raise
@@ -174,6 +175,29 @@ class _Bench:
     def close(self) -> None:
         """Close the machine, whatever the last test has left of it."""
         _close(self._machine)
+
+
+def _attach_rest(machine: Machine, attach: Attach) -> None:
+    """Call `attach` for a machine that may have some or all of its devices."""
+    dispatch, standard = machine.dispatch, list(machine.devices.values())
+    own = {
+        (bus, claim.base, claim.size): claim
+        for bus in (dispatch.ports, dispatch.mmio)
+        for claim in bus
+        if claim.device not in standard
+    }
+
+    def attach_rest(
+        bus: Bus, base: int, size: int, device: Device, name: str | None = None
+    ) -> Claim:
+        claim = own.get((bus, base, size))
+        return Dispatch.attach(dispatch, bus, base, size, device, name) if claim is None else claim
+
+    vars(dispatch)["attach"] = attach_rest  # all ways of attaching come here
+    try:
+        attach(machine)
+    finally:
+        del vars(dispatch)["attach"]
 
 
 def _close(machine: Machine) -> None:
@@ -216,7 +240,7 @@ def _state(machine: Machine) -> str:
             continue
         lines.append(f"{cpu.what}:")
         shown = [f"{name:>6} {value:#018x}" for name, value in values]
-        lines += ["".join(shown[at : at + 3]) for at in range(0, len(shown), 3)]
+        lines += [" ".join(shown[at : at + 3]) for at in range(0, len(shown), 3)]
     if machine.vm.closed:
         lines.append("the machine is closed")
     return "\n".join(lines)

@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+import textwrap
 
 import pytest
+
+import kvmpy.pytest
 
 pytest_plugins = ["pytester"]
 
@@ -161,6 +164,54 @@ def test_it(kvmpy_machine, time, request):
 
 
 @pytest.mark.usefixtures("kvm_host")
+def test_the_example_of_the_documentation_works(pytester: pytest.Pytester) -> None:
+    first, *_ = (kvmpy.pytest.__doc__ or "").partition("`kvmpy_guest` gives")
+    example = textwrap.dedent(first[first.index("    @pytest.fixture") :])
+    text = """
+class MyDevice(Number):
+    value = 6
+
+def test_close(kvmpy_machine):
+    kvmpy_machine.close()  # the next one is new, and has the device as well
+
+"""
+    run(pytester, text + example + "\n" + example.replace("test_it", "test_again")).assert_outcomes(
+        passed=3
+    )
+
+
+@pytest.mark.usefixtures("kvm_host")
+def test_devices_that_a_given_machine_has_are_not_attached_twice(pytester: pytest.Pytester) -> None:
+    text = """
+@pytest.fixture(scope="module")
+def kvmpy_attach():
+    def attach(machine):
+        machine.attach_port(0x31, 1, Number())
+        machine.attach_port(0x30, 1, Number())
+        machine.attach_mmio(0x80000000, 16, Number())
+    return attach
+
+first = Number()
+
+@pytest.fixture(scope="module", params=[1, 2, "standard"])
+def kvmpy_guest(request):
+    if request.param == "standard":
+        return prepared()
+    machine = prepared()
+    machine.attach_port(0x30, request.param, first)
+    return machine
+
+def test_it(kvmpy_machine, request):
+    ports = kvmpy_machine.dispatch.ports
+    assert (ports.find(0x30).device is first) == ("1" in request.node.name)
+    assert ports.find(0x31) and kvmpy_machine.dispatch.mmio.find(0x80000000)
+"""
+    result = run(pytester, text)
+    result.assert_outcomes(passed=2, errors=1)  # another claim there is an error as ever
+    result.stdout.fnmatch_lines(["*OverlapError*"])
+
+
+@pytest.mark.usefixtures("kvm_host")
 def test_devices_that_nobody_can_attach_again_are_named(pytester: pytest.Pytester) -> None:
     text = """
 @pytest.fixture(scope="module")
@@ -197,7 +248,8 @@ def test_good(kvmpy_machine):
 """
     result = run(pytester, GUEST + text)
     result.assert_outcomes(passed=1, failed=2)
-    lines = ["*- kvmpy guest -*", "console:", "h", "vCPU 0:", "*rax 0x0000000000000001*rbx*"]
+    lines = ["*- kvmpy guest -*", "console:", "h", "vCPU 0:", "*rax 0x0000000000000001 *rbx*"]
+    lines += ["*rip 0x???????????????? rflags*"]
     result.stdout.fnmatch_lines(lines)
     result.stdout.fnmatch_lines(["*no registers: vCPU 0 is closed", "the machine is closed"])
     assert str(result.stdout).count("kvmpy guest -") == 2
