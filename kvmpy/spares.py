@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
+from weakref import WeakSet
 
 from kvmpy.errors import ClosedError, ConfigError, KvmpyError
 from kvmpy.machine import Machine
@@ -35,6 +36,7 @@ class Spares:
         self.snapshot, self.size = snapshot, size
         self._attach, self._scope, self._options = attach, scope, options
         self._ready: deque[Machine] = deque()
+        self._out: WeakSet[Machine] = WeakSet()  # not kept alive: some are never given back
         self._lock, self._closed = Lock(), False
         try:
             for _ in range(size):
@@ -61,12 +63,24 @@ class Spares:
         if self._closed:
             raise ClosedError("this pool of machines is closed")
         try:
-            return self._ready.pop()
+            machine = self._ready.pop()
         except IndexError:
-            return self._made()
+            machine = self._made()
+        with self._lock:
+            self._out.add(machine)
+        return machine
 
     def give(self, machine: Machine) -> None:
-        """Take a machine back. One that cannot be reset, or is too many, is closed."""
+        """Take a machine back. One that cannot be reset, or is too many, is closed.
+
+        Raises ConfigError for one that was not taken from here, or is back already.
+        """
+        with self._lock:
+            if not isinstance(machine, Machine) or machine not in self._out:
+                raise ConfigError(
+                    f"{machine!r} is not out of this pool: give back what `take` gave, once"
+                )
+            self._out.remove(machine)
         try:
             machine.reset_to(self.snapshot, self._scope)
         except KvmpyError:

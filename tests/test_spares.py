@@ -61,6 +61,21 @@ def test_a_machine_that_cannot_be_reset_is_dropped(summing: Snapshot) -> None:
     assert len(os.listdir("/proc/self/fd")) <= before + 1  # the snapshot's view
 
 
+def test_only_what_was_taken_is_taken_back_and_once(summing: Snapshot) -> None:
+    with Spares(summing, 2, attach) as spares, Spares(summing, 1, attach) as others:
+        machine, foreign = spares.take(), others.take()
+        spares.give(machine)
+        for wrong in (machine, foreign, None, "machine"):
+            with pytest.raises(ConfigError, match="not out of this pool"):
+                spares.give(wrong)
+        assert not foreign.vm.closed and len(spares) == 2
+        one, other = spares.take(), spares.take()
+        assert one is not other
+        for back in (one, other):
+            spares.give(back)
+        others.give(foreign)
+
+
 def test_one_that_is_out_when_it_is_closed_is_closed_when_it_comes_back(summing: Snapshot) -> None:
     spares = Spares(summing, 1, attach)
     machine = spares.take()
