@@ -1,6 +1,7 @@
 """Autopsies of machines: the state of the dead one, and copies of it to replay."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from kvmpy.autopsy.autopsy import Autopsy
 from kvmpy.autopsy.conduct import conduct
@@ -17,15 +18,18 @@ from kvmpy.views.pages import Read, reader
 
 __all__ = ["autopsy_of"]
 
+M = TypeVar("M", bound=Machine)
 _PHYSICAL_BITS_LEAF = 0x8000_0008  # EAX[7:0] is MAXPHYADDR (SDM Vol.2 CPUID)
 _RECORDS = 6  # of the recorder's
 _SHORT = 0.05  # seconds of a run that is repeated just to tell what came before its end
 
 
 def autopsy_of(
-    machine: Machine,
+    machine: M,
     result: Result | None,
     start: Snapshot | Image | None,
+    attach: Callable[[M], object] | None,
+    *,
     last: Sequence[str] | None,
     cpu: int,
 ) -> Autopsy:
@@ -47,14 +51,9 @@ def autopsy_of(
         lines = _recorded(machine) if last is None else last
         origin = machine.last_snapshot if start is None else start
 
-        def make_copy() -> Machine:
+        def make_copy() -> M:
             assert origin is not None
-            if isinstance(origin, Snapshot):
-                return type(machine).from_snapshot(origin)
-            config = machine.config
-            return Machine.from_image(
-                origin, config.memory, irqchip=config.irqchip, strict=config.strict
-            )
+            return _copy(machine, origin, attach)
 
         def scene_of(copy: Copy) -> Scene:
             assert isinstance(copy, Machine)
@@ -73,6 +72,22 @@ def autopsy_of(
     except Exception as error:
         failure = f"the autopsy itself failed: {type(error).__name__}: {error}"
         return Autopsy("unknown", outcome, rip, "", failure=failure)
+
+
+def _copy(machine: M, start: Snapshot | Image, attach: Callable[[M], object] | None) -> M:
+    if isinstance(start, Snapshot):
+        return type(machine).from_snapshot(start, attach)
+    config = machine.config
+    copy = type(machine).from_image(
+        start, config.memory, irqchip=config.irqchip, strict=config.strict
+    )
+    if attach is not None:
+        try:
+            attach(copy)
+        except BaseException:
+            copy.close()
+            raise
+    return copy
 
 
 def _scene(vcpu: VCPU, read: Read, code: bytes, physical_bits: int) -> Scene:

@@ -41,6 +41,7 @@ class Debugging(Running):
         result: Result | None = None,
         *,
         start: Snapshot | Image | None = None,
+        attach: Callable[[Any], object] | None = None,
         last: Sequence[str] | None = None,
         cpu: int = 0,
     ) -> "Autopsy":
@@ -49,11 +50,12 @@ class Debugging(Running):
         `result` is that of the run that ended so; without it, the last exit counts. The state is
         looked at and stays as it is. Where it does not settle the matter, copies of the guest run
         to the same end from `start`, or from the machine's last snapshot: with deadlines, without
-        input. `last` are lines on what came before, by default those of the recorder.
+        input, and with the devices that `attach(copy)` attaches. `last` are lines on what came
+        before, by default those of the recorder.
 
         What fails in it is told in the answer (`Autopsy.failure`) and raises nothing.
         """
         from kvmpy.autopsies import autopsy_of
 
         machine: Any = self  # a Machine, of which this is a part
-        return autopsy_of(machine, result, start, last, cpu)
+        return autopsy_of(machine, result, start, attach, last=last, cpu=cpu)

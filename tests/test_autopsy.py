@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -184,7 +185,38 @@ def test_a_copy_that_ends_otherwise_says_so() -> None:
 
 
 @with_kvm
-def test_it_never_hangs() -> None:
+def test_an_interrupt_without_an_idt() -> None:
+    with Machine("1M") as machine:
+        machine.load(assemble("sti; nop; x: jmp x", at=0x1000))
+        machine.run(timeout=0.05)
+        machine.cpus[0].interrupt(0x20)
+        found = machine.autopsy(machine.run(timeout=2))
+    assert found.cause == "no-idt"
+    assert found.vector is None
+    assert not found.certain
+    assert "interrupt" in found.explanation[1]
+
+
+@with_kvm
+def test_a_copy_needs_the_devices_that_the_guest_has() -> None:
+    def attach(machine: Machine) -> None:
+        machine.on_port(0x10)(lambda offset, size, value: 7)
+
+    source = "in al, 0x10; cmp al, 7; jne x; mov rax, 0xc0000000; jmp rax; x: hlt"
+    with Machine("1M") as machine:
+        attach(machine)
+        machine.load(assemble(source, at=0x1000))
+        machine.snapshot()
+        result = machine.run(timeout=2)
+        assert not machine.autopsy(result).replayed
+        found = machine.autopsy(result, attach=attach)
+    assert found.last[0] == "in: 1 bytes from port 0x10"
+    assert found.last[-1].endswith("jmp rax")
+
+
+@with_kvm
+def test_it_never_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvmpy.autopsy.replay._SECONDS", 0.3)
     # Some seconds of loop before the end, in a copy: the replay gives up, the diagnosis stays.
     source = "mov ecx, 100000000; x: dec ecx; jnz x; mov rbx, 0xc0000000; jmp rbx"
     with Machine("1M") as machine:
@@ -198,6 +230,7 @@ def test_it_never_hangs() -> None:
         started = time.monotonic()
         found = machine.autopsy(result)
         assert time.monotonic() - started < 20
+        assert "ended otherwise (timeout)" in str(found)
     assert found.cause == "no-ram"
 
 
@@ -285,6 +318,110 @@ def test_a_missing_tss_from_the_state() -> None:
     scene = scene_at(b"\x0f\x0b", ring=3)
     scene.special.tr.unusable, scene.special.tr.present = 1, 0
     assert explain_shutdown(scene).cause == "no-tss"
+
+
+def flags(register: str, bits: int) -> Callable[[Scene], None]:
+    return lambda scene: setattr(scene.special, register, getattr(scene.special, register) | bits)
+
+
+def in_ring0(bits: int) -> Callable[[Scene], None]:
+    """Ring 0 in the layout of ring 3, where low memory is the user's."""
+
+    def change(scene: Scene) -> None:
+        scene.special.cr4 |= bits
+        scene.special.ss.dpl = 0
+
+    return change
+
+
+def closed_ports(scene: Scene) -> None:
+    scene.special.tr.limit = 0x67
+
+
+STATES = (
+    ("tables-outside-ram", 14, "nop", "long", 0, lambda s: setattr(s.special, "cr3", 0x70 << 32)),
+    ("smep", 14, "nop", "long", 3, in_ring0(CR4.SMEP)),
+    ("smap", 14, "mov rax, [0x2000]", "long", 3, in_ring0(CR4.SMAP)),
+    ("segment-limit", 13, "mov eax, [0x2000]", "protected", 0,
+     lambda s: setattr(s.special.ds, "limit", 0xFFF)),
+    ("segment-limit", 12, "push eax", "protected", 0,
+     lambda s: setattr(s.special.ss, "limit", 0xFFF)),
+    ("idt-outside-ram", 6, "ud2", "long", 0,
+     lambda s: setattr(s.special, "idt", DescriptorTable(0xD000_0000, 0xFFF))),
+    ("ldt-limit", 13, "mov eax, 0xc; mov ds, ax", "long", 0, lambda s: step(s, 5)),
+    ("descriptor-bits", 13, "jmp far [x]; x: .long 0; .word 8", "long", 0, "0x00609a0000000000"),
+    ("segment-rights", 13, "mov ss, [x]; x: .word 8", "long", 0, "0x00209a0000000000"),
+    ("wrong-ring", 13, "jmp far [x]; x: .long 0; .word 8", "long", 0, "0x0020fa0000000000"),
+    ("wrong-descriptor", 13, "ltr [x]; x: .word 8", "long", 0, "0x00cf92000000ffff"),
+    ("not-present-segment", 11, "ltr [x]; x: .word 8", "long", 0, "0x0000090000000067"),
+    ("nested-task", 13, "iretq", "long", 0, lambda s: setattr(s.registers, "rflags", 0x4002)),
+    ("pg-without-pe", 13, "mov eax, 0x80000000; mov cr0, eax", "real", 0, lambda s: step(s, 6)),
+    ("pg-in-64-bit-segment", 13, "mov eax, 0x80000001; mov cr0, eax", "protected", 0,
+     lambda s: (step(s, 5), flags("efer", EFER.LME)(s), flags("cr4", CR4.PAE)(s),
+                setattr(s.special.cs, "l", 1))),
+    ("host-lacks-paging", 13, "mov eax, 0x80000001; mov cr0, eax", "protected", 0,
+     lambda s: step(s, 5)),
+    ("invalid-opcode", 6, ".byte 6", "long", 0, lambda s: None),
+    ("port-closed", 13, "out 0x80, al", "long", 3, closed_ports),
+    ("avx-disabled", 6, "vaddps ymm0, ymm1, ymm2", "long", 0, lambda s: None),
+    ("fpu-disabled", 7, "fld1", "long", 0, flags("cr0", CR0.EM)),
+    ("fpu-disabled", 7, "movups xmm0, [0x2000]", "long", 0, flags("cr0", CR0.TS)),
+    ("sse-disabled", 6, "movups xmm0, [0x2000]", "long", 0, flags("cr0", CR0.EM)),
+    ("privileged", 13, "rdpmc", "long", 3, lambda s: None),
+    ("null-selector", 13, "mov eax, [0x2000]", "protected", 0,
+     lambda s: setattr(s.special.ds, "unusable", 1)),
+    ("page-not-present", 14, "xlatb", "long", 0,
+     lambda s: setattr(s.registers, "rbx", 1 << 40)),
+    ("page-not-present", 14, "bts [0x2000], rax", "long", 0,
+     lambda s: setattr(s.registers, "rax", 1 << 43)),
+    ("page-not-present", 14, "rep stosb", "long", 0,
+     lambda s: (setattr(s.registers, "rdi", 1 << 40), setattr(s.registers, "rcx", 1))),
+)  # fmt: skip
+
+
+def step(scene: Scene, size: int) -> None:
+    """Past a first instruction that loads EAX or RAX with a number."""
+    code = scene.read(0x1000, 6) or b""
+    scene.registers.rax = int.from_bytes(code[size - 4 : size], "little")
+    scene.registers.rip += size
+
+
+def own_gdt(scene: Scene, descriptor: int) -> Scene:
+    """The scene with a GDT at 0x3000 whose selector 8 is that descriptor."""
+    ram = bytearray(scene.read(0, 1 << 20) or b"")
+    ram[0x3008:0x3010] = descriptor.to_bytes(8, "little")
+    scene.special.gdt = DescriptorTable(0x3000, 0x17)
+    return replace(scene, read=partial(read, ram))
+
+
+@pytest.mark.parametrize(
+    ("cause", "vector", "source", "mode", "ring", "change"), STATES,
+    ids=[f"{one[0]}-{number}" for number, one in enumerate(STATES)],
+)  # fmt: skip
+def test_a_cause_from_the_state(cause, vector, source, mode, ring, change) -> None:
+    code = assemble(source, mode, at=0x1000)
+    scene = scene_at(code, mode, ring)
+    if isinstance(change, str):
+        scene = own_gdt(scene, int(change, 16))
+    else:
+        change(scene)
+    found = explain_shutdown(scene)
+    assert (found.cause, found.faults[0].vector) == (cause, vector), found
+
+
+def test_rep_with_a_count_of_zero_touches_nothing() -> None:
+    scene = scene_at(assemble("rep stosb"))
+    scene.registers.rdi = 1 << 40
+    assert explain_shutdown(scene).faults == ()
+
+
+def test_an_exit_while_an_event_is_delivered() -> None:
+    assert explain_gap(scene_at(b"\x0f\x0b"), "why", 3).cause == "delivery-exit"
+
+
+def test_the_documentation_has_every_cause() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "autopsy.md").read_text()
+    assert [name for name in CAUSES if f"| `{name}` |" not in text] == []
 
 
 def test_an_exception_that_can_be_delivered_is_no_certain_cause() -> None:

@@ -55,7 +55,7 @@ def conduct(
     if seen is not None and seen.scene is not None and (reset or not finding.settled):
         scene = seen.scene
         again = _find(scene, outcome, exit_, exception)
-        finding = again if again.faults else finding
+        finding = again if again.faults or reset else finding
         notes += again.notes
         if reset:
             notes.append(f"{_INIT}; this is that of a copy, before its last instruction")

@@ -1,6 +1,7 @@
 """The diagnosis from a dead guest's state: the first fault, its chain, and the cause."""
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Final, NamedTuple
 
 from kvmpy.autopsy.delivery import chain
 from kvmpy.autopsy.fault import GP, UD, Fault
@@ -13,9 +14,11 @@ from kvmpy.autopsy.transfers import check_transfer
 from kvmpy.autopsy.zeros import check_zeros
 from kvmpy.views.descriptors import look_up
 from kvmpy.x86.exceptions import EXCEPTIONS, GuestException
-from kvmpy.x86.flags import CR0
+from kvmpy.x86.flags import CR0, RFLAGS
 
 __all__ = ["Finding", "explain_exception", "explain_gap", "explain_shutdown", "first_fault"]
+
+_INTERRUPT: Final = 0x20  # where most guests' hardware interrupts begin
 
 
 class Finding(NamedTuple):
@@ -97,10 +100,21 @@ def explain_shutdown(scene: Scene) -> Finding:
     if fault is None:
         fault = _unseen(scene, instruction)
     if fault is None:
-        return Finding("unknown", (), text, False)
+        return _interrupted(scene, text)
     faults, shuts_down = chain(scene, fault)
     cause, notes = _cause_of(scene, faults)
     return Finding(cause, faults, text, shuts_down, notes)
+
+
+def _interrupted(scene: Scene, text: str) -> Finding:
+    """An instruction that raises nothing: if it was an interrupt, it went as its delivery does."""
+    why = "nothing in the instruction raises an exception: an interrupt, if any"
+    event = Fault("trap", why, _INTERRUPT, deliberate=True)
+    faults, shuts_down = chain(scene, event)
+    if not shuts_down or not scene.registers.rflags & RFLAGS.IF:
+        return Finding("unknown", (), text, False)
+    faults = (replace(event, vector=None), *faults[1:])
+    return Finding(faults[1].cause, faults, text, False)
 
 
 def _unseen(scene: Scene, instruction: Instruction | None) -> Fault | None:

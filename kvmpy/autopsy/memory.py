@@ -100,8 +100,11 @@ def page_fault(scene: Scene, walk: PageWalk, what: str, *, stack: bool) -> Fault
         why = f"{what}, which is not canonical: {walk.why}"
         return Fault("non-canonical", why, SS if stack else GP, 0, walk.linear)
     cause = _cause(scene, walk, stack)
-    code = walk.error_code
-    return Fault(cause, f"{what}: {walk.why.removesuffix(': #PF')}", PF, code, walk.linear)
+    why = f"{what}: {walk.why.removesuffix(': #PF')}"
+    if cause == "missing-ps":
+        above = walk.entries[-2]
+        why += f"; the {above.name} entry above it at {above.address:#x} is {above.value:#x}"
+    return Fault(cause, why, PF, walk.error_code, walk.linear)
 
 
 def _cause(scene: Scene, walk: PageWalk, stack: bool) -> str:
