@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -22,10 +23,9 @@ from kvmpy.autopsy.entry import broken_rules
 from kvmpy.autopsy.examine import explain_gap, explain_shutdown
 from kvmpy.autopsy.fault import Fault
 from kvmpy.autopsy.scene import Scene
-from kvmpy.exits import FailEntry, PortOut, Shutdown
+from kvmpy.exits import FailEntry, Shutdown
 from kvmpy.modes import build, entry_state
 from kvmpy.probe import probe
-from kvmpy.views.pages import reader
 from kvmpy.x86.exceptions import ERROR_CODE_VECTORS
 from kvmpy.x86.flags import CR0, CR4, EFER
 from kvmpy.x86.registers import REGISTER_NAMES, Registers
@@ -142,6 +142,18 @@ def test_lines_that_are_given_stand_before_the_replay() -> None:
         machine.load(b"\x0f\x0b")
         result = machine.run(timeout=2)
         assert machine.autopsy(result, last=["one", "two"]).last == ("one", "two")
+
+
+@with_kvm
+def test_the_last_records_of_a_recorder() -> None:
+    class Recorded(Machine):
+        trace = tuple(SimpleNamespace(text=f"exit {number}" if number else "", kind="halt")
+                      for number in (9, 8, 7, 6, 5, 4, 3, 0))  # fmt: skip
+
+    with Recorded("1M") as machine:
+        machine.load(b"\x0f\x0b")
+        found = machine.autopsy(machine.run(timeout=2))
+    assert found.last == ("exit 7", "exit 6", "exit 5", "exit 4", "exit 3", "halt")
 
 
 @with_kvm
@@ -441,6 +453,32 @@ def test_a_chain_of_two_page_faults_is_a_double_fault() -> None:
 
 
 @pytest.mark.parametrize(
+    ("source", "vectors"),
+    [
+        ("ud2", [6, 13, 13, 13]),  # benign, then contributory: no double fault yet
+        ("xor ecx, ecx; div ecx", [0, 13, 13]),
+        ("mov rax, [rax]", [14, 13, 13]),
+    ],
+)
+def test_which_pairs_are_a_double_fault(source, vectors) -> None:
+    scene = scene_at(assemble(source, at=0x1000))
+    scene.registers.rax = 0x70_0000_0000
+    if source.startswith("xor"):
+        scene.registers.rip += 2
+    assert [fault.vector for fault in explain_shutdown(scene).faults] == vectors
+
+
+def test_a_large_page_without_ps_whose_page_could_be_a_table() -> None:
+    scene = scene_at(b"\xf4")
+    ram = bytearray(scene.read(0, 1 << 20) or b"")
+    ram[0] = 1  # "present", where the walk takes the page at 0 for a table
+    for at, entry in ((0x8000, 0x9003), (0x9000, 0xA003), (0xA000, 0x03)):
+        ram[at : at + 2] = entry.to_bytes(2, "little")
+    scene.special.cr3 = 0x8000
+    assert explain_shutdown(replace(scene, read=partial(read, ram))).cause == "missing-ps"
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda s: setattr(s.special, "cr0", int(CR0.PG)), "CR0.PG is set and CR0.PE is clear"),
@@ -502,5 +540,3 @@ def test_any_state_has_an_answer(code, values, mode, ring, at_code) -> None:
     assert explain_shutdown(scene).cause in CAUSES
     assert explain_gap(scene, "why", 1).cause in CAUSES
     assert str(conduct.conduct(scene, "shutdown", Shutdown(), None))
-    assert reader(lambda address, size: b"")(0, 1) == b""
-    assert PortOut(1, 1, b"x").values == (ord("x"),)
