@@ -72,7 +72,9 @@ def _gate_is_not_present(run: Run) -> Finding:
 def _stacks(random: Random) -> Sequence[Case]:
     def case(broken: bool) -> Case:
         address = _far_away(random)
-        source = f"mov rsp, {address:#x}; push rax" if broken else f"mov rax, {address:#x}; push [rax]"
+        source = (
+            f"mov rsp, {address:#x}; push rax" if broken else f"mov rax, {address:#x}; push [rax]"
+        )
         rsp = address if broken else 0
         what = f"sets RSP to {address:#x} and pushes" if broken else f"reads from {address:#x}"
         return Case(
