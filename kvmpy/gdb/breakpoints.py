@@ -12,9 +12,10 @@ from typing import Final, NamedTuple
 from kvmpy.errors import AddressError, ConfigError, UnsupportedError
 from kvmpy.gdb.host import Host
 from kvmpy.gdb.memory import GuestMemory
-from kvmpy.gdb.traps import BREAKPOINT, EXCEPTION_VECTORS, INVALID_OPCODE, traps
+from kvmpy.gdb.traps import BREAKPOINT, EXCEPTION_VECTORS, INVALID_OPCODE, Trap, traps
 from kvmpy.modes import Layout
 from kvmpy.vcpu import VCPU
+from kvmpy.views.linear import read_linear
 from kvmpy.views.pages import cpl_of
 from kvmpy.x86.flags import CR0
 from kvmpy.x86.state import SpecialRegisters
@@ -25,6 +26,7 @@ INT3, HLT = b"\xcc", b"\xf4"
 SOFTWARE, HARDWARE, WRITE, READ, ACCESS = range(5)
 """The types of the packets Z and z."""
 _MOST: Final = 4096
+_EXCEPTION_GATES: Final = 16 * len(EXCEPTION_VECTORS)
 _REASONS: Final = {WRITE: "watch", READ: "rwatch", ACCESS: "awatch"}
 
 
@@ -45,6 +47,7 @@ class Breakpoints:
         self.software: set[int] = set()
         self.hardware: dict[tuple[int, int], int] = {}
         """Length by type and linear address, in the order in which debug registers get them."""
+        self._found: tuple[tuple[object, ...], list[Trap]] | None = None
         self.patches: list[Patch] = []
         self.planted: dict[int, bytes] = {}
         """What stands in for each software breakpoint, by linear address, while armed."""
@@ -133,7 +136,7 @@ class Breakpoints:
             vectors += (BREAKPOINT, INVALID_OPCODE)
         if stepping:  # DEBUG is what ends the step, unless another exception does
             vectors = EXCEPTION_VECTORS
-        for trap in list(traps(self.memory.read_ram, special, self.layout, vectors)):
+        for trap in self._traps(special, vectors) if vectors else ():
             known = self.handlers.get(trap.handler)
             if known is None and trap.handler not in self.planted:
                 self._put(special, trap.handler, INT3)
@@ -141,6 +144,15 @@ class Breakpoints:
                 self.handlers[trap.handler] = (*(known or ()), trap.vector)
             if trap.entry:
                 self._put(special, trap.gate, trap.entry)
+
+    def _traps(self, special: SpecialRegisters, vectors: tuple[int, ...]) -> list[Trap]:
+        """Those for an IDT, found anew only if it is another one: a step is no time for that."""
+        idt, gdt, read = special.idt, special.gdt, self.memory.read_ram
+        entries = read_linear(read, special, idt.base, min(idt.limit + 1, _EXCEPTION_GATES))
+        key = (vectors, entries, idt.base, idt.limit, gdt.base, gdt.limit, special.cr0, special.cr3)
+        if self._found is None or self._found[0] != key:
+            self._found = key, list(traps(read, special, self.layout, vectors))
+        return self._found[1]
 
     def _plant(self, special: SpecialRegisters, linear: int, code: bytes) -> None:
         if self._put(special, linear, code):
