@@ -40,7 +40,8 @@ def check_touch(scene: Scene, touch: Touch) -> Fault | None:
     fault = _check_segment(scene, touch)
     if fault is not None:
         return fault
-    for linear in {touch.linear, touch.linear + touch.size - 1 & (1 << 64) - 1}:
+    last = touch.linear + touch.size - 1 & (1 << 64) - 1
+    for linear in (touch.linear, last):  # the first byte first: CR2 has its address
         walk = scene.walk(linear, touch.access)
         if not walk.allowed:
             return page_fault(scene, walk, touch.what, stack=touch.segment == "ss")

@@ -1,4 +1,4 @@
-"""A GDT that the guest's new page tables do not map: what reading it raises is a page fault."""
+"""Autopsies of page faults: which address they are about, the GDT's among them."""
 
 import pytest
 
@@ -47,3 +47,13 @@ def test_a_gdt_without_a_page(gate: int, second: int, cause: str, address: bool)
         gdt = machine.layout.gdt
         assert gdt is not None and gdt > PAGE_2M
         assert found.faults[1].address == (gdt + 8 if address else None)
+
+
+@pytest.mark.usefixtures("kvm_host")
+@pytest.mark.parametrize("low", range(0x780, 0x790, 3))
+def test_a_fault_is_about_the_first_byte(low: int) -> None:
+    wanted = 0x1_2345_6000 + low
+    with Machine("1M") as machine:
+        machine.load(assemble(f"mov rax, {wanted:#x}; mov rax, [rax]; hlt", at=0x1000))
+        found = machine.autopsy(machine.run(timeout=2.0))
+        assert found.faults[0].address == wanted
