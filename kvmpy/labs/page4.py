@@ -187,9 +187,10 @@ EXERCISES: Final = (
         title="A page where you want it",
         page=_PAGE,
         text="""\
-At 0x8000 there is a linear address, at 0x8008 a number of 64 bits; both are others each time. Make
-that linear address lead to the physical page 0x300000, by a page of 4 KiB that ring 0 may write
-and nobody may execute. Then write the number there, by way of the linear address, and HLT.""",
+At 0x8000 there is a linear address, at 0x8008 a number of 64 bits; both are others each time.
+Make that linear address lead to the physical page 0x300000, by a page of 4 KiB that ring 0 may
+write and nobody may execute. Then write the number there, by way of the linear address, and
+HLT.""",
         checks=(
             ends("halt"),
             _leads_to_the_frame,
@@ -207,7 +208,8 @@ and nobody may execute. Then write the number there, by way of the linear addres
         text="""\
 kvmpy maps the first 4 GiB by pages of 2 MiB. At 0x8000 there is the address of a page of 4 KiB,
 between 2 MiB and 4 MiB. Take that one page away, so that an access to it is a #PF; all other
-addresses go on leading where they led. Change kvmpy's tables: CR3 says where they are. HLT then.""",
+addresses go on leading where they led. Change kvmpy's tables: CR3 says where they are. HLT
+then.""",
         checks=(ends("halt"), _page_is_gone, _rest_is_as_before),
         look='"Large pages" in docs/4-paging.md; SDM Vol.3 4.5, tables 4-18 to 4-20',
         cases=_guard,
@@ -217,9 +219,10 @@ addresses go on leading where they led. Change kvmpy's tables: CR3 says where th
         title="Be the walker",
         page=_PAGE,
         text="""\
-Walk page tables yourself. At 0x8000 there is a linear address, at 0x8008 what CR3 would be: four
-levels of tables that are not in use, with pages of 4 KiB, 2 MiB or 1 GiB. Leave in RAX the physical
-address that the linear one leads to, or all ones where an entry is not present, and HLT.""",
+Walk page tables yourself. At 0x8000 there is a linear address, at 0x8008 what CR3 would be:
+four levels of tables that are not in use, with pages of 4 KiB, 2 MiB or 1 GiB. Leave in RAX the
+physical address that the linear one leads to, or all ones where an entry is not present, and
+HLT.""",
         checks=(ends("halt"), _says_where),
         look='"The walk" in docs/4-paging.md; SDM Vol.3 4.5, figures 4-8 to 4-10',
         cases=_walks,

@@ -152,8 +152,9 @@ def _texts(random: Random) -> Sequence[Case]:
 def _device_was_served(run: Run) -> Finding:
     sender: _Sender = run.kept
     if sender.not_ready:
-        return Finding(False, f"{sender.not_ready} times the guest asked and could not take an "
-                              "interrupt: RFLAGS.IF was clear, or an STI only just before")  # fmt: skip
+        why = "RFLAGS.IF was clear, or an STI only just before"
+        asked = f"{sender.not_ready} times the guest asked and could not take an interrupt"
+        return Finding(False, f"{asked}: {why}")
     if sender.unasked:
         return Finding(False, f"port {_DATA:#x} was read {sender.unasked} times when no byte was "
                               "there: read it once for each interrupt")  # fmt: skip
@@ -170,9 +171,9 @@ EXERCISES: Final = (
         title="Count what is undefined",
         page=_PAGE,
         text="""\
-At 0x9000 there is code that raises #UD by UD2, a number of times that is another one each time, and
-then returns. Call it. Your handler counts, and goes on after the UD2, which has two bytes; the code
-finds all its registers as they were. End by writing the count to port 0xf4, as a byte.""",
+At 0x9000 there is code that raises #UD by UD2, a number of times that is another one each time,
+and then returns. Call it. Your handler counts, and goes on after the UD2, which has two bytes;
+the code finds all its registers as they were. End by writing the count to port 0xf4, as a byte.""",
         checks=(
             value(lambda run: int(run.case.expect["count"])),
             keeps_registers(_RESULTS, "the handler", '"A handler" in docs/5-interrupts.md'),
@@ -186,9 +187,10 @@ finds all its registers as they were. End by writing the count to port 0xf4, as 
         title="Pages on demand",
         page=_PAGE,
         text="""\
-At 0x9000 there is code that reads and writes some of the 64 pages from 0x10000000000 (1 TiB) on,
-and then returns. Call it, and HLT. Nothing is mapped there at the start: your #PF handler gives
-each page its own RAM when it is first touched, and nothing to the others. CR2 says which page.""",
+At 0x9000 there is code that reads and writes some of the 64 pages from 0x10000000000 (1 TiB)
+on, and then returns. Call it, and HLT. Nothing is mapped there at the start: your #PF handler
+gives each page its own RAM when it is first touched, and nothing to the others. CR2 says which
+page.""",
         checks=(ends("halt"), _sums_up, _each_has_a_page, _no_other_has),
         look='"Error codes" in docs/5-interrupts.md, and docs/4-paging.md; SDM Vol.3 4.7',
         cases=_touches,
@@ -198,10 +200,10 @@ each page its own RAM when it is first touched, and nothing to the others. CR2 s
         title="A device that interrupts",
         page=_PAGE,
         text="""\
-A device sends you a text. Write any byte to port 0x10 to ask for a letter: an interrupt comes, and
-its handler reads the letter from port 0x11, once. The vector is the 32-bit number at 0x8000, another
-one each time. Print the letters to port 0xe9; the byte 0 ends the text and is not printed: HLT then.
-An interrupt is sent only when the processor can take it.""",
+A device sends you a text. Write any byte to port 0x10 to ask for a letter: an interrupt comes,
+and its handler reads the letter from port 0x11, once. The vector is the 32-bit number at
+0x8000, another one each time. Print the letters to port 0xe9; the byte 0 ends the text and is
+not printed: HLT then. An interrupt is sent only when the processor can take it.""",
         checks=(
             ends("halt"),
             _device_was_served,

@@ -158,10 +158,10 @@ EXERCISES: Final = (
         title="A kernel with two calls",
         page=_PAGE,
         text="""\
-At 0x200000 there is a program, another one each time. Run it in ring 3, with 2 MiB to 4 MiB mapped
-one to one for it to use, and its stack pointer at 0x400000. It calls the kernel by INT3: EAX = 1
-prints the byte in DIL to port 0xe9, EAX = 2 ends the program and writes the byte in DIL to port 0xf4.
-A call leaves all registers as they are, but for RAX.""",
+At 0x200000 there is a program, another one each time. Run it in ring 3, with 2 MiB to 4 MiB
+mapped one to one for it to use, and its stack pointer at 0x400000. It calls the kernel by INT3:
+EAX = 1 prints the byte in DIL to port 0xe9, EAX = 2 ends the program and writes the byte in DIL
+to port 0xf4. A call leaves all registers as they are, but for RAX.""",
         checks=(
             _ran_in_ring3,
             _gate_is_for_ring3,
@@ -177,9 +177,10 @@ A call leaves all registers as they are, but for RAX.""",
         title="A kernel that survives its program",
         page=_PAGE,
         text="""\
-As 6.1, but the program does what it may not: an instruction for ring 0, memory that is not its own,
-a division by zero, no instruction at all. End it by writing the number of the exception to port 0xf4:
-14 for a #PF. Nothing of the kernel's memory, all that is below 2 MiB, can be read or written by it.""",
+As 6.1, but the program does what it may not: an instruction for ring 0, memory that is not its
+own, a division by zero, no instruction at all. End it by writing the number of the exception to
+port 0xf4: 14 for a #PF. Nothing of the kernel's memory, all that is below 2 MiB, can be read or
+written by it.""",
         checks=(
             value(lambda run: int(run.case.expect["vector"])),
             console(b"p"),
@@ -193,9 +194,10 @@ a division by zero, no instruction at all. End it by writing the number of the e
         title="Do not trust a pointer",
         page=_PAGE,
         text="""\
-As 6.1, with a third call: EAX = 3 prints RCX bytes from the address in RSI on, and gives RCX in RAX.
-The kernel may read all memory and the program may not: so a text that is not wholly between 2 MiB
-and 4 MiB is refused. Nothing of it is printed, and RAX is -1. No bytes at all are a good text.""",
+As 6.1, with a third call: EAX = 3 prints RCX bytes from the address in RSI on, and gives RCX in
+RAX. The kernel may read all memory and the program may not: so a text that is not wholly
+between 2 MiB and 4 MiB is refused. Nothing of it is printed, and RAX is -1. No bytes at all are
+a good text.""",
         checks=(_answered, console(lambda run: bytes(run.case.expect["text"]))),
         look='"Whose pointer" in docs/6-ring3.md; SDM Vol.3 5.10',
         cases=_strings,

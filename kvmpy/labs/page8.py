@@ -149,8 +149,9 @@ EXERCISES: Final = (
         title="Sixty-four bytes in eight exits",
         page=_PAGE,
         text="""\
-Copy the 64 bytes at 0x8000 to a device at 0xd0000000, byte for byte at the same offsets, and HLT.
-An exit costs the same for one byte as for eight: there should be eight exits and the one of HLT.""",
+Copy the 64 bytes at 0x8000 to a device at 0xd0000000, byte for byte at the same offsets, and
+HLT. An exit costs the same for one byte as for eight: there should be eight exits and the one
+of HLT.""",
         checks=(ends("halt"), _device_has_it, exits("mmio-write", 8), exits("", 9)),
         look='"Fewer exits" in docs/8-exit-costs.md',
         cases=_blocks,
@@ -160,9 +161,10 @@ An exit costs the same for one byte as for eight: there should be eight exits an
         title="One doorbell",
         page=_PAGE,
         text="""\
-At 0x8000 there is a count, at 0x8004 that many numbers, all of 32 bits. Write the square of each, of
-64 bits, to the results from 0x9000 on. When they are all there, and not before, write any byte to
-port 0x10, once, and HLT. The device reads the results from memory then: that costs no exit.""",
+At 0x8000 there is a count, at 0x8004 that many numbers, all of 32 bits. Write the square of
+each, of 64 bits, to the results from 0x9000 on. When they are all there, and not before, write
+any byte to port 0x10, once, and HLT. The device reads the results from memory then: that costs
+no exit.""",
         checks=(ends("halt"), _squares_were_there, exits("port-out", 1), exits("", 2)),
         look='"Fewer exits" in docs/8-exit-costs.md',
         cases=_batches,
@@ -172,9 +174,9 @@ port 0x10, once, and HLT. The device reads the results from memory then: that co
         title="Measure it yourself",
         page=_PAGE,
         text="""\
-Write to port 0x10 sixty-four times. Read the TSC (RDTSC: EDX:EAX) just before and just after each,
-and store the difference, of 64 bits, in a list from 0x9000 on. Leave the least of them in RAX, and
-HLT. The grader takes the host's clock at the same exits, and compares.""",
+Write to port 0x10 sixty-four times. Read the TSC (RDTSC: EDX:EAX) just before and just after
+each, and store the difference, of 64 bits, in a list from 0x9000 on. Leave the least of them in
+RAX, and HLT. The grader takes the host's clock at the same exits, and compares.""",
         checks=(
             ends("halt"),
             _is_a_part_of_the_whole,

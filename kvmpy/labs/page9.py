@@ -47,8 +47,8 @@ def _begins_with_the_write(run: Run) -> Finding:
         return Finding(False, "there was no exception that could be found")
     first, address = found.faults[0], run.case.expect["address"]
     if first.vector != _PF or not (first.error_code or 0) & _WRITE:
-        return Finding(False, f"it begins with {first.name or 'no exception'} ({first.why}); a #PF by "
-                              "a write was ordered")  # fmt: skip
+        what = f"it begins with {first.name or 'no exception'} ({first.why})"
+        return Finding(False, f"{what}; a #PF by a write was ordered")
     if first.address != address:
         at = "nowhere" if first.address is None else f"{first.address:#x}"
         return Finding(False, f"the write goes to {at}, not to {address:#x}")
@@ -72,13 +72,12 @@ def _gate_is_not_present(run: Run) -> Finding:
 def _stacks(random: Random) -> Sequence[Case]:
     def case(broken: bool) -> Case:
         address = _far_away(random)
-        source = (
-            f"mov rsp, {address:#x}; push rax" if broken else f"mov rax, {address:#x}; push [rax]"
-        )
+        register, what = ("rsp", "rax") if broken else ("rax", "[rax]")
+        source = f"mov {register}, {address:#x}; push {what}"
         rsp = address if broken else 0
-        what = f"sets RSP to {address:#x} and pushes" if broken else f"reads from {address:#x}"
+        about = f"sets RSP to {address:#x} and pushes" if broken else f"reads from {address:#x}"
         return Case(
-            f"with code that {what}",
+            f"with code that {about}",
             prepare=lambda machine: place(machine, _CODE, f"{source}; hlt"),
             expect={"vector": 8 if broken else _PF, "rsp": rsp},
             timeout=_TIMEOUT,
@@ -130,9 +129,9 @@ EXERCISES: Final = (
         title="A triple fault to order",
         page=_PAGE,
         text="""\
-Write a guest that dies of a triple fault, and of this one: it begins with a #PF, by a write to the
-address that stands at 0x8000 (64 bits, another one each time). The IDT has a gate for #PF, complete
-but for its P bit, so that the next exception is #NP. Nobody handles that one either.""",
+Write a guest that dies of a triple fault, and of this one: it begins with a #PF, by a write to
+the address that stands at 0x8000 (64 bits, another one each time). The IDT has a gate for #PF,
+complete but for its P bit, so that the next exception is #NP. Nobody handles that one either.""",
         checks=(ends("shutdown"), _begins_with_the_write, _gate_is_not_present),
         look='"How it comes about" in docs/9-triple-fault.md; SDM Vol.3 6.14.1, 6.15',
         cases=_orders,
@@ -142,9 +141,10 @@ but for its P bit, so that the next exception is #NP. Nobody handles that one ei
         title="Live through a double fault",
         page=_PAGE,
         text="""\
-The code at 0x9000, another one each time, raises a #PF; sometimes its stack is broken as well. Jump
-to it. End by writing to port 0xf4 the number of the exception that you got: 14, or 8 where #PF could
-not be delivered. In that case write the RSP that was broken to 0xa000 before (64 bits).""",
+The code at 0x9000, another one each time, raises a #PF; sometimes its stack is broken as well.
+Jump to it. End by writing to port 0xf4 the number of the exception that you got: 14, or 8 where
+#PF could not be delivered. In that case write the RSP that was broken to 0xa000 before (64
+bits).""",
         checks=(value(lambda run: int(run.case.expect["vector"])), _noted_the_stack),
         look='"A stack for #DF" in docs/9-triple-fault.md; SDM Vol.3 6.14.5, 8.7',
         cases=_stacks,
@@ -154,9 +154,10 @@ not be delivered. In that case write the RSP that was broken to 0xa000 before (6
         title="Mend it",
         page=_PAGE,
         text="""\
-Mend `tables`, the guest of this page. It has page tables of its own, which map no more than 2 MiB:
-leave it at that. In place of its UD2, have it jump to 0x9000: the code there writes a number to
-memory and raises #UD. The handler prints "mended" and a newline to port 0xe9, and halts.""",
+Mend `tables`, the guest of this page. It has page tables of its own, which map no more than 2
+MiB: leave it at that. In place of its UD2, have it jump to 0x9000: the code there writes a
+number to memory and raises #UD. The handler prints "mended" and a newline to port 0xe9, and
+halts.""",
         checks=(
             ends("halt"),
             console(b"mended\n"),
