@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kvmpy.exits import Exit
+from kvmpy.views.show import Grid, Shown
 from kvmpy.x86.exceptions import GuestException
 from kvmpy.x86.registers import Registers
 
@@ -34,8 +35,8 @@ CRASHES = ("shutdown", "internal-error", "fail-entry", "unclaimed", "exception",
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """One run of one vCPU.
+class Result(Shown):
+    """One run of one vCPU; in a notebook, a table of its exits and the registers at its end.
 
     `outcome` is one of `OUTCOMES`; `detail` says more, in words, where there is more.
     `exits` counts this run's exits by kind, whoever served them; `seconds` is its duration.
@@ -70,3 +71,11 @@ class Result:
         total = sum(self.exits.values())
         end = f" ({self.detail})" if self.detail else ""
         return f"{self.outcome}: {text}{end}; {total} exits in {self.seconds:.6f} s"
+
+    def grids(self) -> tuple[Grid, ...]:
+        """What happened, exits by kind, and the registers; a line of `str` says it in short."""
+        from kvmpy.views.registers import RegistersView  # only a result that is shown needs it
+
+        rows = [(kind, f"{count:,}") for kind, count in self.exits.items()]
+        said = Grid(str(self), ("exit", "count"), rows, self.unclaimed)
+        return (said, *RegistersView(self.registers).grids()[:1])

@@ -1,17 +1,20 @@
 """Records as lines for people."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from kvmpy.trace.record import Record
 from kvmpy.trace.split import PLACES, Summary
+from kvmpy.views.show import Grid
 
-__all__ = ["HEADING", "duration", "line", "lines", "summary_lines"]
+__all__ = ["HEADING", "duration", "grids", "line", "lines", "summary_lines"]
 
 HEADING: Final = (
     f"{'seconds':>12} cpu  {'exit':<11} {'at':<10} {'what':<30} {'rip':<10} {'by':<7} in KVM_RUN"
 )
 _MOST: Final = 12  # accesses in a summary
+_SHOWN: Final = 16  # records at each end of a table
+_COLUMNS: Final = ("seconds", "cpu", "exit", "at", "what", "rip", "by", "in KVM_RUN")
 
 
 def duration(ns: int) -> str:
@@ -22,15 +25,18 @@ def duration(ns: int) -> str:
     return f"{ns} ns"
 
 
-def line(record: Record, start: int) -> str:
-    """One record; times count from `start`, in nanoseconds."""
+def _cells(record: Record, start: int) -> tuple[str, ...]:
     at = "" if record.address is None else f"{record.address:#x}"
     rip = "" if record.rip is None else f"{record.rip:#x}"
-    seconds = (record.left - start) / 10**9
-    return (
-        f"{seconds:12.6f} {record.cpu:>3}  {record.kind:<11} {at:<10} {record.text:<30} "
-        f"{rip:<10} {record.level:<7} {duration(record.inside)}"
-    )
+    seconds = f"{(record.left - start) / 10**9:.6f}"
+    spent = duration(record.inside)
+    return seconds, str(record.cpu), record.kind, at, record.text, rip, record.level, spent
+
+
+def line(record: Record, start: int) -> str:
+    """One record; times count from `start`, in nanoseconds."""
+    seconds, cpu, kind, at, text, rip, level, spent = _cells(record, start)
+    return f"{seconds:>12} {cpu:>3}  {kind:<11} {at:<10} {text:<30} {rip:<10} {level:<7} {spent}"
 
 
 def lines(records: Iterable[Record], dropped: int = 0) -> Iterator[str]:
@@ -42,6 +48,23 @@ def lines(records: Iterable[Record], dropped: int = 0) -> Iterator[str]:
         yield line(record, summary.first or 0)
     yield ""
     yield from summary_lines(summary, dropped)
+
+
+def grids(records: Sequence[Record], dropped: int = 0) -> tuple[Grid, ...]:
+    """The first and the last records, as a notebook shows them, and a summary of all."""
+    summary = Summary()
+    for record in records:
+        summary.add(record)
+    start = summary.first or 0
+    left_out = max(0, len(records) - 2 * _SHOWN)
+    if left_out:
+        first = [_cells(record, start) for record in records[:_SHOWN]]
+        last = [_cells(record, start) for record in records[-_SHOWN:]]
+        rows = [*first, ("...", "", f"{left_out:,} more", *[""] * 5), *last]
+    else:
+        rows = [_cells(record, start) for record in records]
+    total, *rest = summary_lines(summary, dropped)
+    return Grid(total, _COLUMNS, rows), Grid("", ("",), [(words,) for words in rest])
 
 
 def summary_lines(summary: Summary, dropped: int = 0) -> list[str]:

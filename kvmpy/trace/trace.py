@@ -192,6 +192,13 @@ class Trace(Sequence[Record]):
 
         save(self, Path(path), dropped=self.dropped)
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the first and the last records, and the counts and times of all."""
+        from kvmpy.trace.text import grids  # only a trace that is shown needs it
+        from kvmpy.views.show import html
+
+        return html(grids(list(self), self.dropped))
+
     def __repr__(self) -> str:
         state = "recording" if self.recording else "off"
         return f"<Trace {state}, {len(self)} records, {self.dropped} dropped>"

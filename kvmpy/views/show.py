@@ -5,16 +5,16 @@ has a hand in (a symbol's name, a string) is harmless in each: no control charac
 gets through.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["Grid", "Shown", "clean"]
+__all__ = ["Grid", "Shown", "clean", "html"]
 
-_STYLE = "text-align:left;font-family:monospace;white-space:pre"
+_STYLE = "text-align:left;font-family:monospace;white-space:pre;padding:0 1em 0 0"
 _BAD = ";color:#b00020"
 
 
@@ -51,7 +51,12 @@ class Shown:
         return Group(*(_rich(grid) for grid in self.grids()))
 
     def _repr_html_(self) -> str:
-        return "<div>" + "".join(_html(grid) for grid in self.grids()) + "</div>"
+        return html(self.grids())
+
+
+def html(grids: Iterable[Grid]) -> str:
+    """Grids as a piece of HTML."""
+    return "<div>" + "".join(_html(grid) for grid in grids) + "</div>"
 
 
 def _plain(grid: Grid) -> str:
