@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ from pool_functions import (
     write,
 )
 
-import kvmpy.pool.processes
+import kvmpy.pool.worker
 from kvmpy import AddressError, ConfigError, HostError, Machine, Outcome, Snapshot, assemble, runs
 
 pytestmark = pytest.mark.usefixtures("kvm_host")
@@ -311,7 +312,7 @@ def test_what_attach_raises_ends_it(snapshot: Snapshot, threads: ThreadPoolExecu
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
-import kvmpy.pool.processes
+import kvmpy.pool.worker
 from pool_functions import HANG, INPUT, TRIPLE, attach, prepared
 def main():
     inputs = [bytes([TRIPLE, 1]), bytes([HANG, 0]), bytes([HANG, 0])]
@@ -370,7 +371,9 @@ def test_a_script_without_a_guard_is_told(tmp_path: Path) -> None:
         _, err = parent.communicate(timeout=30)
     assert parent.returncode == 1
     last = err.splitlines()[-1]
-    assert last.startswith("kvmpy.errors.HostError: a worker process exited with 1 while it starte")
+    assert last.startswith(
+        "kvmpy.errors.HostError: a worker process exited with 1 while it started: "
+    )
     assert 'if __name__ == "__main__":' in last
 
 
@@ -393,7 +396,7 @@ def test_no_worker_can_start(
     def start(self: Any) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(kvmpy.pool.processes._Process, "start", start)
+    monkeypatch.setattr(kvmpy.pool.worker._Process, "start", start)
     with pytest.raises(HostError, match=r"a worker process cannot start: .*temporarily"):
         list(kvmpy.map(snapshot, [b"ab"], write_to=INPUT, workers=1))
 
@@ -404,6 +407,32 @@ def test_the_whole_way_in_a_guest_of_ring_3(threads: ThreadPoolExecutor) -> None
         made = machine.snapshot()
     (one,) = kvmpy.map(made, [b"x"], threads, write_to=INPUT, timeout=10)
     assert (one.outcome, str(one.exception)[:3]) == ("exception", "#UD")
+
+
+def storm(rounds: int, seed: int, timeout: float) -> None:
+    script = Path(__file__).parent / "pool_storm.py"
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-X", "faulthandler", str(script), str(rounds), str(seed)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # it says where it hangs
+            out, err = process.communicate()
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode, out[-3:], err) == (0, "ok\n", "")
+
+
+def test_kills_closes_and_interrupts_at_random() -> None:
+    storm(4, 3, 50)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(10, 14))
+def test_a_storm_of_kills_closes_and_interrupts(seed: int) -> None:
+    storm(60, seed, 500)
 
 
 @pytest.mark.slow  # a cluster takes seconds to start

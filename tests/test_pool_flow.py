@@ -171,7 +171,7 @@ def test_an_input_that_ends_its_workers_is_found_among_others() -> None:
         for one in inputs:
             tries[one] = tries.get(one, 0) + 1
         if 13 in inputs or (5 in inputs and tries[5] == 1):
-            future.set_exception(WorkerDied("the worker process was ended by SIGKILL"))
+            future.set_exception(WorkerDied("was ended by SIGKILL"))
         else:
             future.set_result((answers(inputs), 0.1))
         return future

@@ -7,7 +7,10 @@ from typing import Any
 
 from kvmpy.errors import ConfigError
 
-__all__ = ["GUARD", "check_function", "check_main"]
+__all__ = ["GUARD", "WORKER", "check_function", "check_main"]
+
+WORKER = "kvmpy.map worker"
+"""The name of worker processes."""
 
 GUARD = 'a script that calls kvmpy.map needs `if __name__ == "__main__":` around what it does'
 

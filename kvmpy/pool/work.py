@@ -4,7 +4,6 @@ import os
 import pickle
 import threading
 import time
-import traceback
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any, TypeAlias
 
 from kvmpy.errors import ClosedError
 from kvmpy.pool import held
+from kvmpy.pool.carried import carried, portable
 from kvmpy.repeat import Outcome, runs
 from kvmpy.snapshot import Snapshot
 
@@ -80,10 +80,7 @@ def _arrived(snapshot: Snapshot, attach: Any, options: Options, key: str, home: 
 
 
 def do_packed(work: bytes, inputs: bytes, seconds: float | None) -> tuple[list[Answer], float]:
-    """The same as `do`, for pickled work and inputs: what goes wrong with them is an exception.
-
-    A pool that unpickles for itself breaks instead.
-    """
+    """The same as `do`, for pickled work and inputs; work is unpickled once."""
     return do(_unpacked(work), pickle.loads(inputs), seconds)
 
 
@@ -100,7 +97,7 @@ def do(work: Work, inputs: list[Any], seconds: float | None) -> tuple[list[Answe
     except Exception as error:
         if work.home == os.getpid():
             raise
-        raise _portable(error) from error  # or it breaks the pool
+        raise portable(error) from error  # or it breaks the pool
 
 
 def _do(work: Work, inputs: list[Any], seconds: float | None) -> tuple[list[Answer], float]:
@@ -165,18 +162,6 @@ def _answer(one: Outcome[Any]) -> Answer:
 
 
 def _failed(error: BaseException) -> Answer:
-    """An exception in Python as an outcome; its traceback is a note, for that travels."""
-    text = "".join(traceback.format_exception(error)).rstrip()
+    """An exception in Python as an outcome."""
     detail = f"{type(error).__name__}: {error}".splitlines()[0]
-    carried = _portable(error).with_traceback(None)
-    carried.add_note(f"in the worker:\n{text}")
-    return "error", detail, None, None, b"", b"", frozenset(), carried
-
-
-def _portable(error: BaseException) -> BaseException:
-    """The exception, or one that tells of it if it cannot be pickled there and back."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # anything that its class may raise
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+    return "error", detail, None, None, b"", b"", frozenset(), carried(error)
