@@ -16,9 +16,12 @@ GUARD = 'a script that calls kvmpy.map needs `if __name__ == "__main__":` around
 
 
 def check_main() -> None:
-    """Raise ConfigError in a worker that is only importing the main module."""
+    """Raise ConfigError in a process that is only importing the main module."""
     # multiprocessing.spawn looks at the same, when it is too late for a clear word.
-    if getattr(process.current_process(), "_inheriting", False):
+    me = process.current_process()
+    if getattr(me, "_inheriting", False):
+        if me.name == WORKER:  # the parent says so, once, and not each worker as well
+            raise SystemExit(1)
         raise ConfigError(
             f"a worker process imports the main module, which starts workers: {GUARD}"
         )
