@@ -2,7 +2,7 @@
 
 import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from threading import RLock
 from time import perf_counter_ns
 from typing import Any, Final, NamedTuple, Self
@@ -16,6 +16,7 @@ from kvmpy.errors import ConfigError
 from kvmpy.kvm import KVM
 from kvmpy.running import Running
 from kvmpy.snapshot import (
+    Attached,
     Config,
     Snapshot,
     capture,
@@ -84,6 +85,10 @@ class Copying(Running):
             devices=dict(self._device_states()),
             console=self._console.data(),
             entry=self.entry,
+            attached=tuple(
+                Attached(bus.kind, claim.base, claim.size, str(claim.name))
+                for bus, claim in self.dispatch.own()
+            ),
             parent=parent_of(images, self._at),
         )
         self._at = made
@@ -194,8 +199,9 @@ class Copying(Running):
         """A new machine at a snapshot, which shares the snapshot's pages until it writes them.
 
         `attach(machine)` attaches the devices that are not standard ones, before their state
-        is loaded. `options` are `output` and `input` of `Machine`. Raises ConfigError for a
-        device in the snapshot that nobody attached, and like `restore`.
+        is loaded: those of `on_port` and `on_mmio`, too. `options` are `output` and `input` of
+        `Machine`. Raises ConfigError where the snapshot's machine had a device and nobody has
+        attached one, and like `restore`.
         """
         unknown = options.keys() - {"output", "input"}
         if unknown:
@@ -211,7 +217,7 @@ class Copying(Running):
                 attach(machine)
             if spawned is None:
                 machine._load(snapshot)
-            elif attach is not None or not standard.has_all(snapshot.devices):
+            elif attach or snapshot.attached or not standard.has_all(snapshot.devices):
                 machine._load_devices(snapshot, machine.dispatch)
         except BaseException:
             machine.vm.__exit__(*sys.exc_info())  # frames in its traceback may hold views
@@ -274,12 +280,8 @@ class Copying(Running):
         self, snapshot: Snapshot, dispatch: Dispatch, *, partly: bool = False
     ) -> None:
         found = dict(_stateful(dispatch))
-        missing = [name for name in snapshot.devices if name not in found]
-        if missing and not partly:
-            raise ConfigError(
-                f"the snapshot has the state of a device at {', '.join(missing)}, and this machine "
-                "has none there: attach it first (from_snapshot takes `attach`)"
-            )
+        if not partly:
+            _check_attached(snapshot, dispatch, found)
         for name, state in snapshot.devices.items():
             if name not in found:
                 continue
@@ -335,6 +337,27 @@ def _stateful(dispatch: Dispatch) -> Iterator[tuple[str, Stateful]]:
             if has_state(claim.device) and id(claim.device) not in seen:
                 seen.add(id(claim.device))
                 yield f"{bus.kind} {claim.base:#x}", claim.device
+
+
+def _check_attached(snapshot: Snapshot, dispatch: Dispatch, found: Container[str]) -> None:
+    """Raise ConfigError where the snapshot's machine had devices, and there is none now."""
+    buses = {bus.kind: bus for bus in (dispatch.ports, dispatch.mmio)}
+    missing = [
+        str(one)
+        for one in snapshot.attached
+        if not all(buses[one.bus].find(at) for at in (one.base, one.base + one.size - 1))
+    ]
+    if missing:
+        raise ConfigError(
+            f"the snapshot's machine had a device at {', '.join(missing)}, and this one has none "
+            "there: attach it first (from_snapshot, fork, runs, map and Spares take `attach`)"
+        )
+    missing = [name for name in snapshot.devices if name not in found]
+    if missing:
+        raise ConfigError(
+            f"the snapshot has the state of a device at {', '.join(missing)}, and this machine "
+            "has none there: attach it first (from_snapshot takes `attach`)"
+        )
 
 
 def _drop_exit(cpu: VCPU) -> None:

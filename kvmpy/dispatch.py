@@ -6,7 +6,7 @@ dict lookup.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import index
 from threading import RLock
 from typing import Any, Final, TypeAlias
@@ -88,6 +88,8 @@ class Dispatch:
         self.served: dict[int, Served] = {}
         self.posting = RLock()
         """Held while writes are taken out of the coalesced ring, which all vCPUs share."""
+        self.standard: frozenset[Claim] = frozenset()
+        """Those claims that every machine of its kind has."""
         self._on_unclaimed, self._on_end = on_unclaimed, on_end
         self._lock = RLock()
         # A claim keeps its row and its action for as long as it lasts, and then they rest: a
@@ -105,6 +107,11 @@ class Dispatch:
         self.routes.ports = self._port_table
         self.routes.actions = self._actions
         self._rebuild(self.mmio)
+
+    def own(self) -> Iterator[tuple[Bus, Claim]]:
+        """The claims of devices beyond the standard ones."""
+        for bus in (self.ports, self.mmio):
+            yield from ((bus, claim) for claim in bus if claim not in self.standard)
 
     @property
     def any_unclaimed(self) -> bool:

@@ -119,6 +119,7 @@ class Machine(Copying, Attaching, Viewing, Debugging):
         if self.layout.stubs is not None:
             reporter = FunctionDevice(self._report_exception)
             attach(modes.EXCEPTION_PORT, 1, reporter, "exception reporter")
+        made.standard = frozenset(made.ports)
         return made
 
     @property

@@ -127,12 +127,11 @@ class _Bench:
         except BaseException:
             _close(machine)
             raise
-        self._devices = _devices(machine)
         self._shape = _shape(machine)
 
     def _first(self, guest: Any) -> Machine:
         if isinstance(guest, Snapshot):
-            return Machine.from_snapshot(guest, self._attach)
+            return _copy(guest, self._attach)
         if not isinstance(guest, Machine | Image | str | os.PathLike):
             raise ConfigError(
                 f"kvmpy_guest gave {guest!r}: give a Machine, a Snapshot, an Image or a file's name"
@@ -162,13 +161,7 @@ class _Bench:
 
     def _replace(self) -> Machine:
         _close(self._machine)
-        self._machine = machine = Machine.from_snapshot(self._snapshot, self._attach)
-        missing = self._devices - _devices(machine)
-        if missing:
-            raise ConfigError(
-                f"a new machine has no device at {', '.join(sorted(missing))}, as the first one "
-                "had: define a fixture kvmpy_attach that gives a function to attach them"
-            )
+        self._machine = machine = _copy(self._snapshot, self._attach)
         self._shape = _shape(machine)
         return machine
 
@@ -177,15 +170,20 @@ class _Bench:
         _close(self._machine)
 
 
+def _copy(snapshot: Snapshot, attach: Attach | None) -> Machine:
+    """A new machine at the snapshot, with its devices."""
+    if snapshot.attached and attach is None:
+        raise ConfigError(
+            f"a new machine has no device at {', '.join(map(str, snapshot.attached))}, as the "
+            "first one had: define a fixture kvmpy_attach that gives a function to attach them"
+        )
+    return Machine.from_snapshot(snapshot, attach)
+
+
 def _attach_rest(machine: Machine, attach: Attach) -> None:
     """Call `attach` for a machine that may have some or all of its devices."""
-    dispatch, standard = machine.dispatch, list(machine.devices.values())
-    own = {
-        (bus, claim.base, claim.size): claim
-        for bus in (dispatch.ports, dispatch.mmio)
-        for claim in bus
-        if claim.device not in standard
-    }
+    dispatch = machine.dispatch
+    own = {(bus, claim.base, claim.size): claim for bus, claim in dispatch.own()}
 
     def attach_rest(
         bus: Bus, base: int, size: int, device: Device, name: str | None = None
@@ -210,15 +208,6 @@ def _close(machine: Machine) -> None:
         machine.close()
     except BufferError as error:  # a view, held by a test or by the traceback of one
         machine.__exit__(BufferError, error, None)
-
-
-def _devices(machine: Machine) -> set[str]:
-    """Where the machine has devices, in words."""
-    return {
-        f"{bus.kind} {claim.base:#x}"
-        for bus in (machine.dispatch.ports, machine.dispatch.mmio)
-        for claim in bus
-    }
 
 
 def _shape(machine: Machine) -> tuple[object, ...]:

@@ -450,8 +450,11 @@ def test_recording_does_not_disturb_sampling() -> None:
 
 
 def test_a_snapshot_in_between_is_no_gap_and_no_crash() -> None:
+    def attach(machine: Machine) -> None:
+        machine.attach_port(PORT, 1, Constant(5))
+
     with machine(assemble("in al, 0x42; out 0x43, al; hlt")) as made:
-        made.attach_port(PORT, 1, Constant(5))
+        attach(made)
         made.trace.start()
         made.run(max_exits=1)
         saved = made.snapshot()
@@ -460,7 +463,7 @@ def test_a_snapshot_in_between_is_no_gap_and_no_crash() -> None:
         assert made.run(timeout=5).outcome == "halt"
         kinds = [one.kind for one in exits(made.trace)]
         assert kinds == ["port-in", "port-out", "halt", "port-out", "halt"]
-        with Machine.from_snapshot(saved) as other:
+        with Machine.from_snapshot(saved, attach) as other:
             other.trace.start()
             other.run(timeout=5)
             assert [one.kind for one in exits(other.trace)] == ["port-out", "halt"]

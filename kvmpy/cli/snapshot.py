@@ -110,6 +110,7 @@ def _described(file: SnapshotFile, verified: bool) -> list[str]:
         "vCPUs": f"{len(what.cpus)}, irqchip {config.irqchip or 'none'}",
         "entry": f"{entry}, RIP {registers.rip:#x}",
         "devices": ", ".join(what.devices) or "none",
+        "attached": ", ".join(map(str, what.attached)) or "standard devices only",
         "console": f"{len(what.console)} bytes",
     }
     width = max(map(len, rows))

@@ -3,6 +3,7 @@
 It works on a machine's parts (memory regions, vCPUs, the VM) and never on `Machine` itself.
 """
 
+from kvmpy.snapshot.config import Attached
 from kvmpy.snapshot.cpu import CpuState, VmState, load_cpu, load_vm, save_cpu, save_vm
 from kvmpy.snapshot.diff import Difference
 from kvmpy.snapshot.image import Image
@@ -11,6 +12,7 @@ from kvmpy.snapshot.snapshot import Config, Snapshot, same_shape
 from kvmpy.snapshot.spawn import Plan
 
 __all__ = [
+    "Attached",
     "Config",
     "CpuState",
     "Difference",

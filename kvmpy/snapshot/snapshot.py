@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from kvmpy.errors import AddressError, ConfigError, SnapshotError
 from kvmpy.kvm import backend, unpack_cpuid
-from kvmpy.snapshot.config import Config, Saved
+from kvmpy.snapshot.config import Attached, Config, Saved
 from kvmpy.snapshot.cpu import CpuState, VmState
 from kvmpy.snapshot.diff import Difference, difference
 from kvmpy.snapshot.host import check_host
@@ -34,7 +34,8 @@ class Snapshot:
     It shares pages with its `parent`, an earlier snapshot, if it is an increment, and with the
     machines that are made from it; its memory is freed when none of them is left. In a long chain,
     an increment has an earlier parent than the last snapshot, so that those between can go.
-    `devices` are the states of the devices that have any, by bus and address.
+    `devices` are the states of the devices that have any, by bus and address, and `attached` says
+    where devices were that are not standard ones: each machine of it needs some there, too.
 
     It is pickled by reference to its file, so it must have been saved or loaded.
     """
@@ -52,6 +53,7 @@ class Snapshot:
     """The file that it was saved to, or loaded from."""
     file: "SnapshotFile | None" = None
     """That which it was loaded from, open."""
+    attached: tuple[Attached, ...] = ()
 
     def save(self, path: str | os.PathLike[str], *, compress: str | None = None) -> None:
         """Write all of it to the file `path`, which then needs no other one.
@@ -72,6 +74,7 @@ class Snapshot:
             self.console,
             self.entry,
             self.backend,
+            self.attached,
         )
         saved = save(Path(path), self.images, what, compress)
         object.__setattr__(self, "saved", saved)

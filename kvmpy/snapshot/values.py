@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 from kvmpy.abi import IOCTLS
 from kvmpy.errors import SnapshotError
 from kvmpy.interrupts import GsiRoute, IrqchipRoute, MsiRoute
-from kvmpy.snapshot.config import Config
+from kvmpy.snapshot.config import Attached, Config
 from kvmpy.snapshot.cpu import ORDER, CpuState, VmState
 from kvmpy.x86.state import CPUIDEntry
 
@@ -20,6 +20,7 @@ _CLOCK_SIZE: Final = IOCTLS["GET_CLOCK"].size
 _LARGEST_XSAVE: Final = 1 << 16
 _MOST_CPUID: Final = 256  # KVM_MAX_CPUID_ENTRIES
 _MOST_CPUS: Final = 4096
+_SIZE_BYTES: Final = 8
 _IRQCHIP_ROUTE: Final = "irqchip"
 _MSI_ROUTE: Final = "msi"
 
@@ -34,6 +35,7 @@ class Contents(NamedTuple):
     console: bytes
     entry: int | None
     backend: str
+    attached: tuple[Attached, ...] = ()
 
 
 def named(what: Contents) -> dict[str, bytes]:
@@ -53,6 +55,9 @@ def named(what: Contents) -> dict[str, bytes]:
     for number, state in enumerate(what.cpus):
         found |= {f"cpu {number} {name}": packed for name, packed in state.items()}
     found |= {f"device {name}": state for name, state in what.devices.items()}
+    for one in what.attached:
+        packed = one.size.to_bytes(_SIZE_BYTES, "little") + one.name.encode("utf-8", "replace")
+        found[f"attached {one.bus} {one.base:#x}"] = packed
     found["console"] = what.console
     return found
 
@@ -70,6 +75,7 @@ def contents(values: Mapping[str, bytes]) -> Contents:
     config = Config(**{name: facts[name] for name in Config.__slots__})
     cpus: list[dict[str, bytes]] = [{} for _ in range(facts["cpus"])]
     devices: dict[str, bytes] = {}
+    attached: list[Attached] = []
     chips: list[bytes] = []
     clock, console = left.pop("clock", b""), left.pop("console", b"")
     pit = left.pop("pit", b"")
@@ -78,6 +84,8 @@ def contents(values: Mapping[str, bytes]) -> Contents:
         cpu = re.fullmatch(r"(\d{1,4}) (\w+)", rest) if kind == "cpu" else None
         if kind == "device":
             devices[rest] = data
+        elif kind == "attached":
+            attached.append(_attached(rest, data))
         elif kind == "chip" and rest == str(len(chips)) and len(data) == _CHIP_SIZE:
             chips.append(data)
         elif cpu and int(cpu[1]) < len(cpus) and _fits(cpu[2], len(data)):
@@ -97,7 +105,18 @@ def contents(values: Mapping[str, bytes]) -> Contents:
         raise SnapshotError("is malformed: the VM's clock or interrupt controllers")
     routes = None if facts["routes"] is None else tuple(map(_unroute, facts["routes"]))
     vm = VmState(clock, tuple(chips), pit, routes)
-    return Contents(config, tuple(cpus), vm, devices, console, facts["entry"], facts["backend"])
+    return Contents(
+        config, tuple(cpus), vm, devices, console, facts["entry"], facts["backend"], tuple(attached)
+    )
+
+
+def _attached(where: str, data: bytes) -> Attached:
+    found = re.fullmatch(r"(port|MMIO) 0x([0-9a-f]{1,16})", where)
+    size = int.from_bytes(data[:_SIZE_BYTES], "little")
+    if not found or not size or len(data) < _SIZE_BYTES:
+        raise SnapshotError(f"is malformed: a device attached at {where[:40]!r}")
+    name = data[_SIZE_BYTES:].decode("utf-8", "replace")
+    return Attached(found[1], int(found[2], 16), size, name)
 
 
 def _fits(name: str, size: int) -> bool:
