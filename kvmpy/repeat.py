@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from reprlib import repr as shortened
 from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 from kvmpy.abi import ffi, lib
@@ -69,6 +70,22 @@ class Outcome(NamedTuple, Generic[_T]):
     def crashed(self) -> bool:
         """Whether the guest died of its own fault."""
         return self.outcome in CRASHES
+
+    def __repr__(self) -> str:
+        """One line, whatever the size of the input and of what was collected."""
+        text = f"<Outcome {self.outcome}"
+        if self.detail:
+            text += f" ({self.detail})"
+        text += f", input {shortened(self.input)}"
+        if self.packed:
+            text += f", rip {self.registers.rip:#x}"
+        if self.collected:
+            text += f", {len(self.collected)} bytes collected"
+        if self.touched:
+            text += f", {len(self.touched)} page{'s' * (len(self.touched) > 1)} touched"
+        if self.error is not None:
+            text += f", {shortened(self.error)}"
+        return text + ">"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Outcome, (*self[:_MACHINE], None, self.touched, self.error)

@@ -1,6 +1,7 @@
 """What outcomes of `runs` tell, and what `runs` refuses."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -53,3 +54,16 @@ def test_an_exception_has_the_registers_of_who_raised_it(
         assert registers.rip == one.exception.rip == expected.rip == odd.symbols["odd"] + 1
         assert (registers.rsp, registers.rflags) == (0x20000, expected.rflags)
         assert registers.rflags & 1  # as STC has left it
+
+
+def test_an_outcome_is_shown_in_a_line(odd: Machine) -> None:
+    how: Any = {"timeout": 10, "collect": (INPUT, 2000), "touched": True}
+    even, one = runs(odd.snapshot(), [b"\2" * 2000, b"\1" * 2000], INPUT, **how)
+    start = "<Outcome debug-exit (value 2), input b'\\x02\\x02"
+    assert repr(even).startswith(start) and str(even) == repr(even)
+    end = f", rip {even.registers.rip:#x}, 2000 bytes collected, 1 page touched>"
+    assert repr(even).endswith(end) and len(repr(even)) < 150
+    assert f"({one.exception}), input b'" in repr(one)
+    assert f", rip {odd.symbols['odd'] + 1:#x}, " in repr(one)
+    broken = one._replace(outcome="error", detail="", packed=b"", error=ValueError("bad"))
+    assert "rip" not in repr(broken) and "ValueError('bad')" in repr(broken)
