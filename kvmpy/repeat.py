@@ -116,8 +116,12 @@ def runs(
     of RAM at the end of each run are the outcome's `collected`. With `touched`, so are the
     guest-physical addresses of the pages of RAM that the input and the run have changed.
 
-    With `batch` above 1, so many inputs are run before the first of their outcomes is given, which
-    halves the time of a short run; `outcome.machine` is then no more as that run has left it.
+    With `batch` above 1, so many inputs are run before the first of their outcomes is given, and
+    `outcome.machine` is then no more as that run has left it. That saves Python's part of each run:
+    of a guest of a few microseconds, with `kvmpy.devices.Harness`, scope "registers" went from 40
+    to 29 us a run, scope "all" from 64 to 53 (nested, AMD EPYC). Only runs that end in C are
+    batched: by HLT, by a fault, by a device `EndRun`, which a harness's DONE is. The debug-exit
+    device at port 0xf4 is Python, and so is the part of those runs.
 
     The machine is a new one, with `attach` as in `Machine.from_snapshot`, unless `machine` is
     given, which is left open. Raises AddressError for an input that does not fit into RAM at that
