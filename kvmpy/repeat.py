@@ -111,8 +111,8 @@ def runs(
     """Run the guest once from `snapshot` for each input, and say what became of it.
 
     Each input is written to `write_to` after the machine was reset: at an address (the input is
-    bytes then), or by a function `f(machine, input)`. `timeout` is in seconds, for each run.
-    `scope` is that of `Machine.reset_to`. With `collect`, an address and a size, so many bytes
+    bytes then), or by a function `f(machine, input)`. `timeout` is in seconds, above 0, for each
+    run. `scope` is that of `Machine.reset_to`. With `collect`, an address and a size, so many bytes
     of RAM at the end of each run are the outcome's `collected`. With `touched`, so are the
     guest-physical addresses of the pages of RAM that the input and the run have changed.
 
@@ -120,7 +120,7 @@ def runs(
     `outcome.machine` is then no more as that run has left it. That saves Python's part of each run:
     of a guest of a few microseconds, with `kvmpy.devices.Harness`, scope "registers" went from 40
     to 29 us a run, scope "all" from 64 to 53 (nested, AMD EPYC). Only runs that end in C are
-    batched: by HLT, by a fault, by a device `EndRun`, which a harness's DONE is. The debug-exit
+    batched: by HLT, a triple fault, a device `EndRun`, which a harness's DONE is. The debug-exit
     device at port 0xf4 is Python, and so is the part of those runs.
 
     The machine is a new one, with `attach` as in `Machine.from_snapshot`, unless `machine` is
@@ -134,6 +134,8 @@ def runs(
     if batch < 1:
         raise ConfigError(f"batch={batch}: give 1 or more")
     time, mine = nanoseconds(timeout), machine is None
+    if not time:  # some would come to an end all the same, and others not
+        raise ConfigError(f"timeout={timeout}: give 1e-9 seconds or more, or None for no limit")
     if machine is None:
         machine = Machine.from_snapshot(snapshot, attach)
     loop, before = machine.cpus[0].loop, machine.cpus[0].loop.heartbeat_ns

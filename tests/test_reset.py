@@ -492,6 +492,7 @@ def test_another_snapshot_in_the_midst_of_a_loop(summing: Any) -> None:
         ({"batch": 0}, ConfigError),
         ({"max_exits": 0}, ConfigError),
         ({"timeout": -1}, ConfigError),
+        ({"timeout": 0}, ConfigError),
         ({"collect": (MEMORY - 1, 2)}, AddressError),
         ({"scope": "none"}, ConfigError),
     ],
