@@ -28,7 +28,7 @@ from kvmpy.snapshot import (
     save_vm,
 )
 from kvmpy.snapshot.reset import Resetter
-from kvmpy.snapshot.snapshot import depth, parent_of
+from kvmpy.snapshot.snapshot import check_snapshot, depth, parent_of
 from kvmpy.vcpu import VCPU
 
 __all__ = ["Copying", "Restored"]
@@ -206,7 +206,7 @@ class Copying(Running):
         unknown = options.keys() - {"output", "input"}
         if unknown:
             raise ConfigError(f"{', '.join(sorted(unknown))}: a copy is as the snapshot has it")
-        snapshot.check_host(across_backends)
+        check_snapshot(snapshot).check_host(across_backends)
         spawned = cls._spawned(snapshot, options)
         machine = cls._made_from(snapshot, options) if spawned is None else spawned
         try:
@@ -312,7 +312,7 @@ class Copying(Running):
 
     def _check_fits(self, snapshot: Snapshot, across_backends: bool) -> None:
         self.check_stopped()
-        snapshot.check_host(across_backends)
+        check_snapshot(snapshot).check_host(across_backends)
         if not same_shape(list(self.vm.memory), snapshot.images):
             raise ConfigError("the snapshot is of a machine with other RAM")
         if len(snapshot.cpus) != len(self.cpus):

@@ -169,7 +169,7 @@ class Snapshot:
 
     def diff(self, other: "Snapshot") -> Difference:
         """What differs from here to another snapshot of the same kind of machine."""
-        return difference(self, other)
+        return difference(self, check_snapshot(other))
 
     def check_host(self, across: bool = False) -> None:
         """Raise ConfigError on another backend than that which it was taken on.
@@ -189,6 +189,13 @@ class Snapshot:
     def __repr__(self) -> str:
         kind = "increment" if self.parent else "snapshot"
         return f"<{kind} of a {self.config.mode} machine, {self.pages} pages, {self.size} bytes>"
+
+
+def check_snapshot(given: Snapshot) -> Snapshot:
+    """The same; ConfigError for what is no snapshot, such as the path of one."""
+    if not isinstance(given, Snapshot):
+        raise ConfigError(f"{repr(given)[:80]}: give a Snapshot; Snapshot.load(path) reads one")
+    return given
 
 
 def depth(snapshot: Snapshot | None) -> int:
