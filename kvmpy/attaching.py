@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from kvmpy.bus import AccessFunction, Claim, Device, FunctionDevice
+from kvmpy.bus import AccessFunction, Claim, Device, FunctionDevice, check_device, check_place
 from kvmpy.dispatch import Dispatch
 from kvmpy.errors import OverlapError
 from kvmpy.memory import PAGE_SIZE
@@ -30,6 +30,8 @@ class Attaching:
 
     def attach_mmio(self, base: int, size: int, device: Device, name: str | None = None) -> Claim:
         """Let `device` answer `size` bytes of guest-physical addresses from `base` on."""
+        check_place("MMIO", base, size)
+        check_device(device, name)
         ram = self.vm.memory.overlapping(base, size)
         if ram is not None:
             raise OverlapError(
@@ -50,6 +52,7 @@ class Attaching:
 
         `value` is None for a read, and what the function returns is the answer.
         """
+        check_place("port", base, size)
 
         def attach(function: _F) -> _F:
             self.attach_port(base, size, FunctionDevice(function))
@@ -59,6 +62,7 @@ class Attaching:
 
     def on_mmio(self, base: int, size: int = PAGE_SIZE) -> Callable[[_F], _F]:
         """The same for `size` bytes of guest-physical addresses from `base` on."""
+        check_place("MMIO", base, size)
 
         def attach(function: _F) -> _F:
             self.attach_mmio(base, size, FunctionDevice(function))

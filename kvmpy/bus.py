@@ -13,9 +13,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeGuard, runtime_checkable
 
-from .errors import AddressError, DeviceError, OverlapError
+from .errors import AddressError, ConfigError, DeviceError, OverlapError
 
-__all__ = ["Bus", "Claim", "Device", "FunctionDevice", "Stateful", "Unclaimed", "has_state", "ones"]
+__all__ = [
+    "Bus",
+    "Claim",
+    "Device",
+    "FunctionDevice",
+    "Stateful",
+    "Unclaimed",
+    "check_device",
+    "check_place",
+    "has_state",
+    "ones",
+]
 
 AccessFunction = Callable[[int, int, int | None], int | None]
 
@@ -57,6 +68,29 @@ class Stateful(Protocol):
 def has_state(device: object) -> TypeGuard[Stateful]:
     """Whether a device is a `Stateful` one; isinstance() takes ten times as long."""
     return hasattr(device, "save_state") and hasattr(device, "load_state")
+
+
+def check_device(device: object, name: str | None = None) -> None:
+    """Raise ConfigError for what is no device; with a `name`, it needs none of its own."""
+    what = getattr(device, "__name__", None) or repr(device)[:80]
+    if isinstance(device, type):
+        raise ConfigError(f"{what} is a class: attach an instance, {what}()")
+    needed = ("read", "write") if name is not None else ("name", "read", "write")
+    missing = [part for part in needed if not hasattr(device, part)]
+    if missing and callable(device):
+        raise ConfigError(f"{what} is a function: on_port and on_mmio make devices of functions")
+    if missing:
+        raise ConfigError(
+            f"{what} is no device, without {' and '.join(missing)}: a device has a name, "
+            "read(offset, size) and write(offset, size, value)"
+        )
+
+
+def check_place(kind: str, base: object, size: object) -> None:
+    """Raise ConfigError for a place on a bus that is not given in integers."""
+    for what, given in (("address", base), ("size", size)):
+        if not hasattr(given, "__index__"):
+            raise ConfigError(f"{kind} {what} {repr(given)[:80]}: give an int")
 
 
 class FunctionDevice:
@@ -126,6 +160,8 @@ class Bus:
         `name` replaces the device's own in messages. Raises AddressError where the range is
         empty or leaves the bus, and OverlapError where another device holds a part of it.
         """
+        check_place(self.kind, base, size)
+        check_device(device, name)
         claim = Claim(base, size, device, device.name if name is None else name)
         if size <= 0:
             raise AddressError(

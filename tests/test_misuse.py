@@ -39,3 +39,44 @@ def snapshot(machine: Machine) -> Snapshot:
 def test_what_is_no_snapshot(machine: Machine, call: Callable[..., Any], given: Any) -> None:
     with pytest.raises(ConfigError, match=r"give a Snapshot; Snapshot\.load\(path\) reads one"):
         call(machine, given)
+
+
+class Half:
+    name = "half"
+
+    def read(self, offset: int, size: int) -> int:
+        return 0
+
+
+class Whole(Half):
+    def write(self, offset: int, size: int, value: int) -> None:
+        pass
+
+
+def function(offset: int, size: int, value: int | None) -> int:
+    return 0
+
+
+@pytest.mark.parametrize("attach", [Machine.attach_port, Machine.attach_mmio])
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        (function, "function is a function: on_port and on_mmio"),
+        (Half(), "no device, without write: a device has a name, read"),
+        (None, "None is no device, without name and read and write"),
+        (Whole, r"Whole is a class: attach an instance, Whole\(\)"),
+    ],
+)
+def test_what_is_no_device(
+    machine: Machine, attach: Callable[..., Any], device: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        attach(machine, 0x8000, 1, device)
+    assert machine.dispatch.ports.find(0x8000) is None
+
+
+@pytest.mark.parametrize("place", [("x",), (function,), (1.5,), (0x8000_0000, "2"), (None, 1)])
+@pytest.mark.parametrize("on", [Machine.on_port, Machine.on_mmio])
+def test_places_that_are_no_numbers(machine: Machine, on: Any, place: Any) -> None:
+    with pytest.raises(ConfigError, match=r"(port|MMIO) (address|size) .*: give an int"):
+        on(machine, *place)
