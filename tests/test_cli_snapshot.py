@@ -201,3 +201,15 @@ def test_verbs_win_over_guests_of_that_name(
     assert kvmpy(capfd, "snapshot", "info")[0] == 2
     done = kvmpy(capfd, "snapshot", "./info", "--at", "exit=1", "--out", "one")
     assert done == (0, "", [])
+
+
+@pytest.mark.parametrize("verb", ["run", "trace", "stat", "step", "explain", "snapshot"])
+def test_a_snapshot_in_the_place_of_a_guest(tmp_path: Path, capfd: Any, verb: str) -> None:
+    out = tmp_path / "one"
+    options = ("--at", "exit=1", "--out", out)
+    kvmpy(capfd, "snapshot", source(tmp_path), *options, "--timeout", 20)
+    with out.open("r+b") as file:
+        file.truncate(1 << 31)  # larger than any guest
+    done = kvmpy(capfd, verb, out, *(options if verb == "snapshot" else ()))
+    assert done[0] == 2
+    assert f"{out}: is a snapshot: `kvmpy resume {out}` goes on with it" in done[2][-1]

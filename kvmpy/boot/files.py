@@ -3,19 +3,32 @@
 import os
 import stat
 from pathlib import Path
+from typing import Final
 
 from kvmpy.errors import ImageError
 
-__all__ = ["MAXIMUM_IMAGE", "read_file", "shown"]
+__all__ = ["MAXIMUM_IMAGE", "read_file", "shown", "starts_with"]
 
 # Larger than any guest that kvmpy is for, and small enough to be read at once.
 MAXIMUM_IMAGE = 1 << 30
+_FLAGS: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 def shown(name: str | os.PathLike[str]) -> str:
     """`name` for a message of one line: as it is if it can be printed, and quoted if not."""
     text = os.fspath(name)
     return text if text.isprintable() and text else repr(text)
+
+
+def starts_with(path: str | os.PathLike[str], mark: bytes) -> bool:
+    """Whether it is a regular file that begins with `mark`, however large; never raises."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return False
+        with open(os.open(path, _FLAGS), "rb") as file:
+            return file.read(len(mark)) == mark
+    except (OSError, ValueError):
+        return False  # `read_file` says why
 
 
 def read_file(path: str | os.PathLike[str], limit: int = MAXIMUM_IMAGE) -> bytes:
@@ -29,7 +42,7 @@ def read_file(path: str | os.PathLike[str], limit: int = MAXIMUM_IMAGE) -> bytes
     try:
         _check(Path(path).stat(), name, limit)
         # The file may be replaced in between: do not wait for a pipe, and check it again.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        descriptor = os.open(path, _FLAGS)
     except (OSError, ValueError) as error:
         raise ImageError(_reason(error, name)) from None
     try:

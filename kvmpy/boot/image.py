@@ -4,13 +4,14 @@ import os
 from pathlib import Path
 
 from kvmpy.boot.elf import load_elf
-from kvmpy.boot.files import MAXIMUM_IMAGE, read_file, shown
+from kvmpy.boot.files import MAXIMUM_IMAGE, read_file, shown, starts_with
 from kvmpy.boot.guests import find_guest, nearest_guest
 from kvmpy.boot.segments import Image, LoadSegment
 from kvmpy.boot.source import SUFFIXES, load_source
 from kvmpy.errors import ConfigError, ImageError
 from kvmpy.modes import DEFAULT_LOAD, MODES
 from kvmpy.sizes import MAXIMUM_ADDRESS
+from kvmpy.snapshot.layout import MAGIC
 
 __all__ = ["MAXIMUM_IMAGE", "Image", "LoadSegment", "load_image"]
 
@@ -43,8 +44,8 @@ def load_image(
     the guest-physical address of the first byte, and `entry` that of the first instruction.
 
     Raises ImageError if the guest is missing, unreadable, empty, larger than 1 GiB, not a
-    regular file or malformed; ConfigError for an option that it cannot have; AssemblyError for
-    a source that does not assemble.
+    regular file, a snapshot or malformed; ConfigError for an option that it cannot have;
+    AssemblyError for a source that does not assemble.
     """
     _check_options(mode, ring, load, entry)
     path = _locate(guest)
@@ -53,6 +54,11 @@ def load_image(
     name = shown(path)
     if path.suffix in _C_SUFFIXES:
         raise ImageError(f"{name}: is C source: build it first (see guests/c/Makefile)")
+    if starts_with(path, MAGIC):
+        raise ImageError(
+            f"{name}: is a snapshot: `kvmpy resume {name}` goes on with it, or in Python "
+            "Machine.from_snapshot(Snapshot.load(path))"
+        )
     data = read_file(path)
     if data.startswith(_ELF_MAGIC):
         if mode not in ("auto", "long"):
