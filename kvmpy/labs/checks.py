@@ -81,8 +81,16 @@ def _how_it_ended(run: Run) -> str:
         return f"it did not end: after {case.max_exits} exits it was stopped, {_where(run)}"
     said = OUTCOMES.get(result.outcome, result.outcome)
     detail = f" ({result.detail})" if result.detail else ""
-    where = f", {_where(run)}" if result.outcome in CRASHES else ""
+    where = f", {_where(run)}{_why(run)}" if result.outcome in CRASHES else ""
     return f"it ended so: {said}{detail}{where}"
+
+
+def _why(run: Run) -> str:
+    """The cause in a few words, where the machine's state tells it."""
+    if run.result.outcome not in ("shutdown", "fail-entry", "exception"):
+        return ""  # the outcome and its detail say it
+    found = run.machine.autopsy(run.result)
+    return f": {found.summary}" if found.faults and found.certain else ""
 
 
 def _where(run: Run) -> str:

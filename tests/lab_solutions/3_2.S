@@ -2,6 +2,7 @@
 # mode: protected
 # variant: ("mov     r15, [0x8000]", "mov r15d, [0x8000]", "r15 is")
 # variant: ("PDPT | 3", "0x10000 | 3", "it ended so: triple fault")
+# variant: ("or      eax, 0x20", "nop", "paging for long mode without CR4.PAE")
 # variant: ("jmp     0x18:long", "hlt", "it never writes 'L'")
         .equ PML4, 0x20000
         .equ PDPT, 0x21000
