@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from docblocks import ROOT, blocks, lacking, matches, run_block
 
+from kvmpy.probe import Finding
+
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 
@@ -65,3 +67,39 @@ def test_the_index_has_every_page() -> None:
 )
 def test_what_matches(expected: str, found: str, same: bool) -> None:
     assert matches(expected, found) is same
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("```console\n$ echo one\ntwo\n```\n", "echo one"),
+        ("```python\nraise ValueError(7)\n```\n", "ValueError: 7"),
+        ("```python\nimport sys; sys.exit(3)\n```\n", "status 3"),
+        ("```asm\n        mov al, 'never so in a guest'\n```\n", "no shipped guest has the line"),
+        ("```perl\n1\n```\n", "nothing tests a block of perl"),
+        ("```python\n```\n```\n", "a stray fence"),
+    ],
+)
+def test_what_is_not_so_is_found(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(text)
+    with pytest.raises(AssertionError, match=words):
+        for block in blocks(tmp_path / "page.md"):
+            run_block(block, tmp_path)
+
+
+def test_guests_and_scripts_of_a_page_are_kept(tmp_path: Path) -> None:
+    page = "```asm\n# one - a guest\n        hlt\n```\n```python\n# two.py - a script\n1 / 0\n```\n"
+    (tmp_path / "page.md").write_text(page)
+    for block in blocks(tmp_path / "page.md"):
+        run_block(block, tmp_path)
+    assert (tmp_path / "one.S").read_text() == "# one - a guest\n        hlt\n"
+    assert (tmp_path / "two.py").read_text() == "# two.py - a script\n1 / 0\n"
+
+
+def test_what_a_host_lacks_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text("<!-- needs: single-step, vmcall -->\n```python\n1\n```\n")
+    (block,) = blocks(tmp_path / "page.md")
+    assert block.needs == ("single-step", "vmcall")
+    found = {"single-step": ("yes", "fine"), "vmcall": ("no", "not here")}
+    monkeypatch.setattr("docblocks.probe", lambda name: Finding(name, *found[name]))
+    assert lacking(block) == "not here"

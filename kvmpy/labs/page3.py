@@ -32,16 +32,13 @@ def _writes_in(letter: bytes, mode: str, look: str = "") -> Check:
 
 
 def _own_tables(run: Run) -> Finding:
-    """The page tables are the guest's, and map the page with the number one to one."""
-    layout, view = run.machine.layout, run.machine.view
+    """The page tables map the page with the number one to one."""
     root = run.machine.cpus[0].get_sregs().cr3 & ~0xFFF
-    walk = view.walk(_NUMBER)
+    walk = run.machine.view.walk(_NUMBER)
     if walk.physical != _NUMBER:
         found = "nothing" if walk.physical is None else f"{walk.physical:#x}"
         return Finding(False, f"with CR3 = {root:#x}, the page tables map {_NUMBER:#x} to {found}, "
                               "not one to one")  # fmt: skip
-    if root == layout.page_tables:
-        return Finding(False, f"CR3 = {root:#x} are the page tables that kvmpy made, not yours")
     return Finding(True, f"its page tables, at {root:#x}, map {_NUMBER:#x} one to one")
 
 
