@@ -1,7 +1,11 @@
+import copy
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmpy.abi import ffi
 from kvmpy.devices import Capture, Constant, Counter, EndRun, Sink
 from kvmpy.errors import ConfigError
 
@@ -131,3 +135,26 @@ def test_the_end_of_a_run_is_told_to_the_machine():
     device.on_end = ended.append
     device.write(0, 4, 77)
     assert ended == [77]
+
+
+@pytest.mark.parametrize("again", [copy.copy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_is_attached_to_nothing_and_has_what_c_has_collected(again):
+    capture, counter, end, constant = Capture(), Counter(), EndRun(), Constant(7)
+    capture.write(0, 1, 0x61)
+    capture.backing = FakeLoop(data=b"b")
+    counter.write(0, 1, 0)
+    counter.backing = FakeLoop(hits=5)
+    loop = constant.backing = end.backing = FakeLoop()
+    loop.handle = ffi.new_handle(loop)  # no C data can be pickled
+    end.on_end = [].append
+    for device in (capture, counter, end, constant):
+        device.backing.handle = loop.handle
+        made = again(device)
+        assert type(made) is type(device)
+        assert made.backing is None
+    assert again(end).on_end is None
+    assert again(constant).read(0, 1) == 7
+    assert again(counter).count == counter.count == 6
+    made = again(capture)
+    made.write(0, 1, 0x63)
+    assert (made.data(), capture.data()) == (b"abc", b"ab")

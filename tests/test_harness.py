@@ -1,7 +1,10 @@
 """The harness: a device by itself, and with guests that are copied and reset."""
 
+import copy
+import pickle
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kvmpy
 from kvmpy import AddressError, ConfigError, Entropy, Harness, Machine, Snapshot, assemble, runs
 from kvmpy.devices import EndRun
 from kvmpy.devices.harness import ADDRESS, IDENTITY, SIZE, Offset
@@ -117,6 +121,11 @@ def test_the_header_and_the_documentation_have_the_same_registers() -> None:
     assert [(int(at, 16), name) for at, name in rows] == [(one.value, one.name) for one in Offset]
 
 
+def pickled(harness: Harness) -> Harness:
+    made: Harness = pickle.loads(pickle.dumps(harness.attach)).__self__
+    return made
+
+
 # Entropy ---------------------------------------------------------------------------------------
 
 
@@ -152,6 +161,14 @@ def test_fixed_generations_are_alike() -> None:
     assert len(set(generations(Harness(Entropy(5, fixed=True)), 10))) == 1
     with pytest.raises(ConfigError, match="seed"):
         Entropy(fixed=True)
+
+
+def test_a_copy_of_entropy_begins_with_the_first_generation() -> None:
+    for entropy in (Entropy(5), Entropy(5, fixed=True)):
+        copied: Entropy = pickle.loads(pickle.dumps(entropy))
+        assert generations(Harness(copied), 3) == generations(Harness(entropy), 3)
+    unseeded: Entropy = pickle.loads(pickle.dumps(Entropy()))
+    assert generations(Harness(unseeded), 3) != generations(Harness(unseeded), 3)
 
 
 # With guests -----------------------------------------------------------------------------------
@@ -257,3 +274,51 @@ def test_the_shipped_guest_adds_up_its_inputs(batch: int) -> None:
         expected = ("ended", sum(given_)) if given_ else ("crash", 1)
         assert (one.outcome, one.value, one.crashed) == (*expected, not given_)
     assert re.fullmatch("code 1 at 0x10..", found[0].detail)
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, pickled])
+@needs_kvm
+def test_an_attached_harness_is_copied_without_its_machine(
+    again: Callable[[Harness], Harness],
+) -> None:
+    harness = Harness(Entropy(1))
+    with Machine("1M", ring=3) as machine:
+        harness.attach(machine)
+        machine.load(assemble(ASKING, mode="long", at=0x1000))
+        assert machine.run(timeout=10).outcome == "ready"
+        assert machine.run(timeout=10).outcome == "ended"
+        mine = again(harness)
+        assert mine.ready and mine.save_state() == harness.save_state()
+        mine.write(Offset.BUFFER, 8, 0x5000)
+        mine.write(Offset.CRASH, 8, 1)  # ends no run
+        assert harness.buffer == 0
+        if again is copy.copy:  # shares the entropy, and so is another generation
+            assert mine.generation != harness.generation
+        with Machine("1M", ring=3) as other:
+            mine.attach(other)
+            other.load(assemble(ASKING, mode="long", at=0x1000))
+            assert other.run(timeout=10).outcome == "ready"
+
+
+@needs_kvm
+def test_map_on_threads_has_a_harness_for_each_machine() -> None:
+    """A run that says CRASH is ended itself, and not what runs beside it."""
+    harness = Harness(Entropy(1))
+    source = f"""
+    mov ebx, {ADDRESS}
+    mov [rbx + {Offset.READY.value}], eax
+    movzx eax, byte ptr [{INPUT}]
+    mov [rbx + {Offset.CRASH_ADDRESS.value}], rax
+    mov ecx, 2000
+    wait: dec ecx
+    jnz wait
+    mov [rbx + {Offset.CRASH.value}], rax
+    """
+    snapshot = ready(source, harness, 3)
+    inputs = [bytes([number]) for number in range(1, 200)]
+    options: dict[str, Any] = {"write_to": INPUT, "attach": harness.attach, "timeout": 10}
+    with ThreadPoolExecutor(2) as threads:
+        found = list(kvmpy.map(snapshot, inputs, threads, chunk_size=1, **options))
+    assert [(one.outcome, one.detail) for one in found] == [
+        ("crash", f"code {number} at {number:#x}") for number in range(1, 200)
+    ]

@@ -284,6 +284,18 @@ def test_a_function_that_cannot_be_sent_is_named(snapshot: Snapshot, name: str) 
     assert "\n" not in str(error.value)
 
 
+def test_a_method_whose_object_cannot_be_sent_is_named(snapshot: Snapshot) -> None:
+    with pytest.raises(ConfigError, match=r"attach=Unsendable.attach .* make its object in a func"):
+        kvmpy.map(snapshot, [], attach=Unsendable().attach)
+
+
+class Unsendable:
+    def __init__(self) -> None:
+        self.hidden = lambda: None
+
+    def attach(self, machine: Machine) -> None: ...
+
+
 @pytest.mark.parametrize(
     "options",
     [{"batch": 0}, {"chunk_size": 0}, {"workers": 0}, {"max_exits": 0}, {"timeout": -1}],

@@ -64,15 +64,19 @@ class Entropy:
     They are the host's (os.urandom) unless there is a `seed`: then the first generation that is
     asked for is the same in every process, and so is the second. Harnesses that share one of these
     never have the same one. With `fixed`, all generations are alike: for fuzzing, where an input
-    has to do what it did before.
+    has to do what it did before. A copy begins with the first generation: so do the worker
+    processes of `kvmpy.map`, each of which has one.
     """
 
     def __init__(self, seed: int | None = None, *, fixed: bool = False) -> None:
         if fixed and seed is None:
             raise ConfigError("fixed entropy takes a seed: give one")
-        self.seed = seed
+        self.seed, self.fixed = seed, fixed
         # next() of these is safe among threads.
         self._numbers: Iterator[int] = repeat(0) if fixed else count(1)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _entropy, (self.seed, self.fixed)  # iterators are not for pickling
 
     def renew(self) -> Callable[[int], bytes]:
         """Begin a generation: a function that gives so many bytes of it, others each time."""
@@ -81,6 +85,10 @@ class Entropy:
         from random import Random  # not the fastest to load
 
         return Random(f"kvmpy {self.seed} {next(self._numbers)}").randbytes
+
+
+def _entropy(seed: int | None, fixed: bool) -> Entropy:
+    return Entropy(seed, fixed=fixed)
 
 
 class Harness:
@@ -93,6 +101,9 @@ class Harness:
 
     Each restore, reset and copy of a machine begins a generation: GENERATION reads as another
     number, and ENTROPY gives other bytes than those that any copy has had.
+
+    It can be copied and pickled, also while it is attached: the copy knows what the guest said, and
+    is attached to no machine.
     """
 
     name = "harness"
@@ -121,6 +132,11 @@ class Harness:
         else:
             machine.attach_port(self.port, Offset.DONE, self)
             machine.attach_port(self.port + Offset.DONE, SIZE - Offset.DONE, done)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "_end": None, "_bytes": None, "_generation": None} | {
+            "_values": dict(self._values)
+        }
 
     # What the guest said ---------------------------------------------------------------------
 

@@ -45,6 +45,13 @@ class NativeDevice:
         """Keep what C has collected so far in Python, and let go of `backing`."""
         self.backing = None
 
+    def __getstate__(self) -> dict[str, object]:
+        """A copy, in this process or in another one, is attached to no machine."""
+        return {name: value for name, value in vars(self).items() if name not in _OF_A_MACHINE}
+
+
+_OF_A_MACHINE = frozenset({"backing", "on_end"})
+
 
 class Sink(NativeDevice):
     """Drops writes and reads as all ones: the cheapest exit there is."""
@@ -116,6 +123,10 @@ class Capture(NativeDevice):
         self._collect()
         super().release()
 
+    def __getstate__(self) -> dict[str, object]:
+        """With what C has collected; a copy has bytes of its own."""
+        return {**super().__getstate__(), "_data": bytearray(self.data())}
+
     def _collect(self) -> None:
         if self.backing is not None:
             self._data += self.backing.take()
@@ -155,6 +166,10 @@ class Counter(NativeDevice):
         """Keep C's count in Python, and let go of `backing`."""
         self._count = self.count
         super().release()
+
+    def __getstate__(self) -> dict[str, object]:
+        """With what C has counted."""
+        return {**super().__getstate__(), "_count": self.count}
 
 
 class EndRun(NativeDevice):

@@ -35,9 +35,11 @@ def check_function(name: str, function: Any) -> None:
     try:
         pickle.dumps(function)
     except Exception as error:  # anything that __reduce__ may raise
+        advice = "define it at the top level of a module"
+        if hasattr(function, "__self__"):  # a method goes with its object
+            advice = "make its object in a function at the top level of a module, and give that"
         raise ConfigError(
-            f"{what} cannot be sent to a worker process ({error}): "
-            "define it at the top level of a module"
+            f"{what} cannot be sent to a worker process ({error}): {advice}"
         ) from None
     main = sys.modules["__main__"]
     there = getattr(main, "__spec__", None) or getattr(main, "__file__", None)

@@ -6,8 +6,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
+from kvmpy.devices.harness import Harness
 from kvmpy.machine import Machine
 from kvmpy.snapshot import Snapshot
 
@@ -36,13 +38,19 @@ class Held:
         self.snapshot = kept = self.snapshot or snapshot
         me = threading.get_ident()
         if me not in self.machines:
-            self.machines[me] = Machine.from_snapshot(kept, attach)
+            self.machines[me] = Machine.from_snapshot(kept, _own(attach))
         return self.machines[me], kept
 
     def close(self) -> None:
         """Close all of them; none runs any more."""
         while self.machines:
             self.machines.popitem()[1].close()
+
+
+def _own(attach: Any) -> Any:
+    """`attach` for one more machine: that of a harness, of which each machine needs its own."""
+    owner = getattr(attach, "__self__", None)
+    return getattr(copy(owner), attach.__name__) if isinstance(owner, Harness) else attach
 
 
 # By process as well: a child that was forked closes nothing of its parent's.

@@ -46,7 +46,8 @@ def map(
     the iterator, also by its `close()`. For another executor `workers` is how many it has, where
     it does not tell.
     `write_to`, `timeout` (seconds, for each run), `max_exits`, `collect`, `touched`, `attach`,
-    `scope` and `batch` are those of `kvmpy.runs`; each worker has one machine, made with `attach`.
+    `scope` and `batch` are those of `kvmpy.runs`; each worker has one machine, made with `attach`,
+    and with a copy of the `Harness` that `attach` is of.
     Where workers are processes, the two functions must be importable from a module, a snapshot that
     is in no file is saved to a temporary one, and a script needs `if __name__ == "__main__":`.
 
