@@ -125,6 +125,8 @@ class Flow(Generic[_T]):
             taken.append(one)
             if isinstance(one, bytes | bytearray):
                 weight += len(one)
+            elif isinstance(one, memoryview):
+                weight += one.nbytes
             if self._fixed is None and (weight > _LARGEST_BYTES or time.monotonic() > until):
                 break
         self._taken += len(taken)

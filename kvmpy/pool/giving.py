@@ -62,7 +62,7 @@ def _outcomes(
             stack.enter_context(held.opened(work.key))
 
             def submit(inputs: list[_T]) -> Any:
-                return executor.submit(do, work, inputs, lease)
+                return executor.submit(do, work, _portable(inputs), lease)
 
         stack.callback(flow.cancel)
         yield from flow.outcomes(submit)
@@ -70,9 +70,13 @@ def _outcomes(
 
 def _pickled(inputs: list[Any]) -> bytes:
     try:
-        return pickle.dumps(inputs)
+        return pickle.dumps(_portable(inputs))
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise ConfigError(f"an input cannot be sent to a worker process: {error}") from error
+
+
+def _portable(inputs: list[Any]) -> list[Any]:
+    return [bytes(one) if type(one) is memoryview else one for one in inputs]
 
 
 def _cpus() -> int:
