@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from array import array
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -298,11 +299,25 @@ class Unsendable:
 
 @pytest.mark.parametrize(
     "options",
-    [{"batch": 0}, {"chunk_size": 0}, {"workers": 0}, {"max_exits": 0}, {"timeout": -1}],
-)
+    [
+        {"batch": 0}, {"chunk_size": 0}, {"workers": 0}, {"max_exits": 0}, {"batch": "a"},
+        {"chunk_size": 1.5}, {"workers": "x"}, {"max_exits": "x"}, {"collect": 5},
+        {"collect": (5,)}, {"collect": ("a", "b")}, {"collect": (1, 2, 3)}, {"inputs": 7},
+    ],
+)  # fmt: skip
 def test_bad_settings_are_refused_at_once(snapshot: Snapshot, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"^{next(iter(options))}="):
+        kvmpy.map(snapshot, **{"inputs": [], **options})
     with pytest.raises(ConfigError):
-        kvmpy.map(snapshot, [], **options)
+        kvmpy.map(snapshot, [], timeout=-1)
+
+
+def test_an_address_in_the_place_of_an_executor_is_told_where_it_belongs(
+    snapshot: Snapshot,
+) -> None:
+    address: Any = INPUT
+    with pytest.raises(ConfigError, match=r"^executor=196608 has no submit.*write_to="):
+        kvmpy.map(snapshot, [b"a"], address)
 
 
 @pytest.mark.parametrize(
@@ -399,7 +414,16 @@ def test_a_function_of_an_interactive_session_is_named(tmp_path: Path) -> None:
 
 def test_an_input_that_cannot_be_sent(snapshot: Snapshot, temporary: Path) -> None:
     with pytest.raises(ConfigError, match="an input cannot be sent to a worker process"):
-        list(kvmpy.map(snapshot, [memoryview(b"ab")], write_to=INPUT, workers=1))
+        list(kvmpy.map(snapshot, [lambda: None], write_to=INPUT, workers=1))
+
+
+@pytest.mark.parametrize("kind", ["processes", "threads"])
+def test_inputs_are_any_bytes(snapshot: Snapshot, threads: ThreadPoolExecutor, kind: str) -> None:
+    inputs = [memoryview(b"\0\1--")[:2], bytearray(b"\0\2"), array("H", [0x300]), b"\0\4"]
+    executor = threads if kind == "threads" else None
+    found = list(kvmpy.map(snapshot, inputs, executor, write_to=INPUT, workers=1))
+    assert [one.value for one in found] == [3, 6, 9, 12]
+    assert all(one.input is given_ for one, given_ in zip(found, inputs, strict=True))
 
 
 def test_no_worker_can_start(

@@ -1,6 +1,7 @@
 """`kvmpy.map`: what `kvmpy.runs` does, by many workers."""
 
 from collections.abc import Callable, Generator, Iterable
+from numbers import Integral
 from typing import Any, Protocol, TypeVar
 
 from kvmpy.errors import ConfigError
@@ -48,6 +49,7 @@ def map(
     `write_to`, `timeout` (seconds, for each run), `max_exits`, `collect`, `touched`, `attach`,
     `scope` and `batch` are those of `kvmpy.runs`; each worker has one machine, made with `attach`,
     and with a copy of the `Harness` that `attach` is of.
+    A memoryview comes to a worker as bytes.
     Where workers are processes, the two functions must be importable from a module, a snapshot that
     is in no file is saved to a temporary one, and a script needs `if __name__ == "__main__":`.
 
@@ -62,11 +64,19 @@ def map(
     for settings that cannot be used, and HostError where workers cannot start; what `attach`
     raises, and a given executor that breaks, comes out of the iterator.
     """
-    if max_exits is not None and not 0 < max_exits <= NO_LIMIT:
-        raise ConfigError(f"max_exits={max_exits}: give 1 or more, or None for no limit")
-    for name, number in (("batch", batch), ("chunk_size", chunk_size), ("workers", workers)):
-        if number is not None and number < 1:
-            raise ConfigError(f"{name}={number}: give 1 or more")
+    if executor is not None and not callable(getattr(executor, "submit", None)):
+        raise ConfigError(
+            f"executor={executor!r:.80} has no submit(): give an executor, or None for processes; "
+            "where inputs go is given by name, write_to=..."
+        )
+    counts = {"batch": batch, "chunk_size": chunk_size, "workers": workers, "max_exits": max_exits}
+    for name, number in counts.items():
+        if number is not None and not (isinstance(number, Integral) and 0 < number <= NO_LIMIT):
+            raise ConfigError(f"{name}={number!r:.80}: give a number of 1 or more")
+    if not (collect is None or _are_two_numbers(collect)):
+        raise ConfigError(f"collect={collect!r:.80}: give an address and a size")
+    if not (isinstance(inputs, Iterable) or hasattr(inputs, "__getitem__")):
+        raise ConfigError(f"inputs={inputs!r:.80}: give something to iterate over")
     nanoseconds(timeout)  # refuse a bad one
     from kvmpy.pool.giving import outcomes  # multiprocessing is slow to load
     from kvmpy.pool.work import Options, Work
@@ -81,3 +91,8 @@ def map(
         workers=workers,
         progress=progress,
     )
+
+
+def _are_two_numbers(given: Any) -> bool:
+    two = isinstance(given, tuple | list) and len(given) == 2
+    return two and all(isinstance(one, Integral) for one in given)
