@@ -44,6 +44,8 @@ class Outcome(NamedTuple, Generic[_T]):
     good for a look until the next outcome is asked for. `collected` are the bytes that were asked
     for, and `touched` the addresses of the pages that differed from the snapshot at the end.
 
+    `console` is what `Machine.console` was at the end, where that was asked for.
+
     From `kvmpy.map`, and after pickling, `machine` is None: it lives in another process, or is at
     another input by now. Two more outcomes come from there only: "error", where Python code raised
     `error` (a device, the function that writes the input), and "worker-died", where that input has
@@ -60,6 +62,7 @@ class Outcome(NamedTuple, Generic[_T]):
     machine: Machine | Any  # Any, not None: who calls `runs` need not ask each time
     touched: frozenset[int] = frozenset()
     error: BaseException | None = None
+    console: bytes = b""
 
     @property
     def registers(self) -> Registers:
@@ -88,7 +91,7 @@ class Outcome(NamedTuple, Generic[_T]):
         return text + ">"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Outcome, (*self[:_MACHINE], None, self.touched, self.error)
+        return Outcome, (*self[:_MACHINE], None, *self[_MACHINE + 1 :])
 
 
 _MACHINE: Final = Outcome._fields.index("machine")
@@ -105,6 +108,7 @@ def runs(
     batch: int = 1,
     collect: tuple[int, int] | None = None,
     touched: bool = False,
+    console: bool = False,
     attach: Callable[[Machine], object] | None = None,
     machine: Machine | None = None,
 ) -> Iterator[Outcome[_T]]:
@@ -114,7 +118,9 @@ def runs(
     bytes then), or by a function `f(machine, input)`. `timeout` is in seconds, above 0, for each
     run. `scope` is that of `Machine.reset_to`. With `collect`, an address and a size, so many bytes
     of RAM at the end of each run are the outcome's `collected`. With `touched`, so are the
-    guest-physical addresses of the pages of RAM that the input and the run have changed.
+    guest-physical addresses of the pages of RAM that the input and the run have changed. With
+    `console`, so is all that the guest has written to its console by then, also that which it wrote
+    before the snapshot.
 
     With `batch` above 1, so many inputs are run before the first of their outcomes is given, and
     `outcome.machine` is then no more as that run has left it. That saves Python's part of each run:
@@ -146,7 +152,7 @@ def runs(
         by_tables = machine.resetter.method != DIRTY_LOG
         if machine.has_native_state or callable(write_to) or by_tables:
             batch = 1  # between two runs there is something to do in Python
-        prepared = _Prepared(machine, write_to, collect, batch, touched)
+        prepared = _Prepared(machine, write_to, collect, batch, touched, console=console)
         prepared.native.timeout_ns, prepared.native.max_exits = time, limit
         for chunk in _chunks(inputs, batch):
             if machine.resetter is not prepared.resetter:  # gone to another snapshot meanwhile
@@ -182,8 +188,10 @@ class _Prepared:
         collect: tuple[int, int] | None,
         batch: int,
         touched: bool,
+        *,
+        console: bool,
     ) -> None:
-        self.machine = machine
+        self.machine, self.console = machine, console
         self.write = write_to if callable(write_to) else None
         self.native = made = ffi.new("struct kvmpy_batch *")
         made.loop = machine.cpus[0].loop
@@ -312,7 +320,15 @@ def _run(prepared: _Prepared, chunk: list[_T]) -> Iterator[Outcome[_T]]:
             error, done = raised, done - 1  # the runs before were over
         # All of them before the first is given: the machine is still as the last run left it.
         last = done - 1 if error is None else done  # of those that a device can have ended
-        yield from [_outcome(prepared, chunk[at], at, at == last) for at in range(first, done)]
+        found = [_outcome(prepared, chunk[at], at, at == last) for at in range(first, done)]
+        if prepared.console:
+            # Python, and the console is that, has served none of them but the last; C leaves a run
+            # to it where writes are posted, too.
+            printed = prepared.resetter.snapshot.console
+            found = [one._replace(console=printed) for one in found]
+            if error is None:
+                found[-1] = found[-1]._replace(console=machine.console)
+        yield from found
         if error is not None:
             raise error
 

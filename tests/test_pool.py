@@ -437,6 +437,64 @@ def test_no_worker_can_start(
         list(kvmpy.map(snapshot, [b"ab"], write_to=INPUT, workers=1))
 
 
+PRINTS = f"""
+mov al, 62
+out 0xe9, al
+hlt
+mov esi, {INPUT}
+movzx ecx, byte ptr [rsi]
+print:
+jrcxz done
+mov al, [rsi + rcx]
+out 0xe9, al
+dec ecx
+cmp al, 33
+jne print
+out 0x61, al
+jmp print
+done:
+hlt
+"""
+
+
+@pytest.mark.parametrize("posted", [False, True])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_the_console_of_each_run(threads: ThreadPoolExecutor, posted: bool, batch: int) -> None:
+    """Runs that print, among others, which C alone serves in a batch."""
+    with Machine("1M", posted_console=posted) as machine:
+        machine.load(assemble(PRINTS, mode="long", at=0x4000))
+        machine.run(timeout=10)
+        made = machine.snapshot()
+    assert made.console == b">"
+    words = [b"one", b"", b"", b"four", b"", b"six", *[b""] * 12, b"last"]
+    inputs = [bytes([len(one)]) + one[::-1] for one in words]
+    options: dict[str, Any] = {"write_to": INPUT, "timeout": 10, "batch": batch}
+    expected = [b">" + one for one in words]
+    found = list(runs(made, inputs, console=True, **options))
+    assert [one.console for one in found] == expected
+    assert pickle.loads(pickle.dumps(found[0])).console == b">one"
+    found = list(kvmpy.map(made, inputs, threads, console=True, **options))
+    assert [one.console for one in found] == expected
+    assert all(one.console == b"" for one in runs(made, inputs, **options))
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_the_console_before_a_device_that_raises(batch: int) -> None:
+    with Machine("1M") as machine:
+        machine.load(assemble(PRINTS, mode="long", at=0x4000))
+        machine.run(timeout=10)
+        made = machine.snapshot()
+
+    def attach(machine: Machine) -> None:
+        machine.on_port(0x61)(lambda offset, size, value: 1 // 0)
+
+    inputs = [b"\2ba", b"\0", b"\0", b"\2!a"]
+    found = runs(made, inputs, INPUT, attach=attach, batch=batch, console=True, timeout=10)
+    assert [next(found).console for _ in range(3)] == [b">ab", b">", b">"]
+    with pytest.raises(ZeroDivisionError):
+        next(found)
+
+
 def test_the_whole_way_in_a_guest_of_ring_3(threads: ThreadPoolExecutor) -> None:
     with Machine("1M", ring=3) as machine:
         machine.load(assemble("mov esi, 0x30000; ud2", mode="long", at=0x4000))

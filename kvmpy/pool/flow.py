@@ -150,7 +150,7 @@ class Flow(Generic[_T]):
     def _keep(self, chunk: _Chunk[_T], answers: list[Answer]) -> None:
         for number, answer in enumerate(answers):
             fields = (chunk.inputs[number], *answer[:6], None, *answer[6:])
-            self._ready[chunk.first + number] = Outcome._make(fields)
+            self._ready[chunk.first + number] = Outcome(*fields)
 
     def _measure(self, count: int, seconds: float) -> None:
         if self._fixed is not None:

@@ -32,6 +32,7 @@ def map(
     max_exits: int | None = None,
     collect: tuple[int, int] | None = None,
     touched: bool = False,
+    console: bool = False,
     attach: Callable[[Machine], object] | None = None,
     scope: str = "all",
     batch: int = 16,
@@ -46,10 +47,9 @@ def map(
     processes, `workers` of them or as many as there are CPUs for this process, which ends with
     the iterator, also by its `close()`. For another executor `workers` is how many it has, where
     it does not tell.
-    `write_to`, `timeout` (seconds, for each run), `max_exits`, `collect`, `touched`, `attach`,
-    `scope` and `batch` are those of `kvmpy.runs`; each worker has one machine, made with `attach`,
-    and with a copy of the `Harness` that `attach` is of.
-    A memoryview comes to a worker as bytes.
+    `write_to`, `timeout` (seconds, for each run), `max_exits`, `collect`, `touched`, `console`,
+    `attach`, `scope` and `batch` are those of `kvmpy.runs`; a memoryview comes to a worker as
+    bytes. Each worker has one machine, made with `attach`: if that is a `Harness`'s, a copy's.
     Where workers are processes, the two functions must be importable from a module, a snapshot that
     is in no file is saved to a temporary one, and a script needs `if __name__ == "__main__":`.
 
@@ -81,7 +81,7 @@ def map(
     from kvmpy.pool.giving import outcomes  # multiprocessing is slow to load
     from kvmpy.pool.work import Options, Work
 
-    options = Options(write_to, timeout, max_exits, scope, batch, collect, touched)
+    options = Options(write_to, timeout, max_exits, scope, batch, collect, touched, console)
     return outcomes(
         Work(snapshot, attach, options),
         inputs,

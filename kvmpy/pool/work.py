@@ -35,6 +35,7 @@ class Options:
     batch: int = 1
     collect: tuple[int, int] | None = None
     touched: bool = False
+    console: bool = False
 
 
 class Work:
@@ -121,6 +122,7 @@ def _do(work: Work, inputs: list[Any], seconds: float | None) -> tuple[list[Answ
                     batch=how.batch,
                     collect=how.collect,
                     touched=how.touched,
+                    console=how.console,
                     machine=machine,
                 ):
                     answers.append(_answer(one))
@@ -158,7 +160,7 @@ class _Feed:
 
 
 def _answer(one: Outcome[Any]) -> Answer:
-    return (*one[1:7], one.touched, None)
+    return (*one[1:7], one.touched, None, one.console)
 
 
 def _failed(error: BaseException) -> Answer:
