@@ -90,7 +90,7 @@ def check_place(kind: str, base: object, size: object) -> None:
     """Raise ConfigError for a place on a bus that is not given in integers."""
     for what, given in (("address", base), ("size", size)):
         if not hasattr(given, "__index__"):
-            raise ConfigError(f"{kind} {what} {repr(given)[:80]}: give an int")
+            raise ConfigError(f"{kind} {what} {given!r:.80}: give an int")
 
 
 class FunctionDevice:

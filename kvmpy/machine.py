@@ -20,7 +20,7 @@ from kvmpy.dispatch import NO_ROUTES, Dispatch
 from kvmpy.errors import ConfigError
 from kvmpy.kvm import KVM, packed_cpuid
 from kvmpy.memory import PAGE_SIZE, AddressSpace
-from kvmpy.sizes import parse_size
+from kvmpy.sizes import check_count, parse_size
 from kvmpy.snapshot import Config, Plan, Snapshot
 from kvmpy.viewing import Viewing
 from kvmpy.views.symbols import places
@@ -68,8 +68,9 @@ class Machine(Copying, Attaching, Viewing, Debugging):
     ) -> None:
         size = memory_size(memory)
         low = min(size, LOW_RAM_LIMIT)
-        if cpus < 1 or irqchip not in (None, "split", "full"):
-            raise ConfigError(f"cpus={cpus}, irqchip={irqchip!r}: at least 1; None, split or full")
+        check_count("cpus", cpus)
+        if irqchip not in (None, "split", "full"):
+            raise ConfigError(f"irqchip={irqchip!r}: use None, 'split' or 'full'")
         config = Config(mode, ring, size, irqchip, strict, posted_console, devices)
         self._set_up(config, output, input)
         self._dispatch = self._standard()

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from operator import index
 from reprlib import repr as shortened
 from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
@@ -12,12 +13,13 @@ from kvmpy.exits import OFFSET_REASON
 from kvmpy.machine import Machine
 from kvmpy.memory import Memory
 from kvmpy.result import CRASHES
-from kvmpy.running import LAST_END, raised_with
+from kvmpy.running import LAST_END, exit_limit, raised_with
 from kvmpy.serve import serve
+from kvmpy.sizes import check_count
 from kvmpy.snapshot import Snapshot
 from kvmpy.snapshot.reset import DIRTY_LOG
 from kvmpy.snapshot.touched import Touched
-from kvmpy.vcpu import NO_LIMIT, nanoseconds
+from kvmpy.vcpu import nanoseconds
 from kvmpy.x86.exceptions import GuestException
 from kvmpy.x86.registers import Registers
 
@@ -33,6 +35,7 @@ _HALT: Final = 5  # KVM_EXIT_HLT
 _RUN_SIZE: Final = ffi.sizeof("struct kvmpy_run")
 _RUN_REGS: Final = _RUN_SIZE - Registers.SIZE  # struct kvm_regs is the last of it
 _FASTEST_BEAT_NS: Final = 1_000_000
+_LARGEST_BATCH: Final = 1 << 16
 
 
 class Outcome(NamedTuple, Generic[_T]):
@@ -122,23 +125,21 @@ def runs(
     `console`, so is all that the guest has written to its console by then, also that which it wrote
     before the snapshot.
 
-    With `batch` above 1, so many inputs are run before the first of their outcomes is given, and
-    `outcome.machine` is then no more as that run has left it. That saves Python's part of each run:
-    of a guest of a few microseconds, with `kvmpy.devices.Harness`, scope "registers" went from 40
-    to 29 us a run, scope "all" from 64 to 53 (nested, AMD EPYC). Only runs that end in C are
-    batched: by HLT, a triple fault, a device `EndRun`, which a harness's DONE is. The debug-exit
-    device at port 0xf4 is Python, and so is the part of those runs.
+    With `batch` above 1 (up to 65536), so many inputs are run before the first of their outcomes is
+    given, and `outcome.machine` is then no more as that run has left it. That saves Python's part
+    of each run: for a guest of a few microseconds that has a `kvmpy.devices.Harness`, 40 us a run
+    became 29 with scope "registers", and 64 became 53 with "all" (nested, AMD EPYC). It does for
+    runs that end in C: by HLT, a triple fault, or a device `EndRun`, as a harness's DONE is. The
+    debug-exit device at port 0xf4 is Python's.
 
     The machine is a new one, with `attach` as in `Machine.from_snapshot`, unless `machine` is
     given, which is left open. Raises AddressError for an input that does not fit into RAM at that
     address. A device's exception is raised as it is; what guests do to themselves is an outcome.
     What is raised for an input comes after the outcomes of all inputs before it.
     """
-    limit = NO_LIMIT if max_exits is None else max_exits
-    if not 0 < limit <= NO_LIMIT:
-        raise ConfigError(f"max_exits={max_exits}: give 1 or more, or None for no limit")
-    if batch < 1:
-        raise ConfigError(f"batch={batch}: give 1 or more")
+    limit = exit_limit(max_exits)
+    check_count("batch", batch, _LARGEST_BATCH)
+    _check_collect(collect)
     time, mine = nanoseconds(timeout), machine is None
     if not time:  # some would come to an end all the same, and others not
         raise ConfigError(f"timeout={timeout}: give 1e-9 seconds or more, or None for no limit")
@@ -170,6 +171,16 @@ def runs(
         if mine:
             # Whatever ends the loop, a view that somebody holds goes when they let go of it.
             machine.__exit__(GeneratorExit, GeneratorExit(), None)
+
+
+def _check_collect(collect: tuple[int, int] | None) -> None:
+    if collect is not None:
+        try:
+            _, size = map(index, collect)
+        except (TypeError, ValueError):
+            size = 0
+        if size < 1:
+            raise ConfigError(f"collect={collect!r:.80}: give (address, size), a size above 0")
 
 
 def _chunks(inputs: Iterable[_T], size: int) -> Iterator[list[_T]]:
@@ -207,11 +218,11 @@ class _Prepared:
                 self.write = lambda machine, data: machine.memory.write(write_to, data)
         elif self.write is None and write_to is not None:
             raise ConfigError(f"write_to={write_to!r}: give an address, or a function")
-        self.collected = bytearray(batch * collect[1] if collect else 0)
-        self.size = 0
-        if collect:
+        self.collected, self.size = bytearray(), 0
+        if collect is not None:
             address, self.size = collect
             region = self._region(address, self.size)
+            self.collected = bytearray(batch * self.size)
             start = region.host_address + address - region.address
             made.collect, made.collect_size = ffi.cast("uint8_t *", start), self.size
             made.collected = self._room = ffi.from_buffer(self.collected, require_writable=True)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from operator import index
 from typing import Any, Final
 
 from kvmpy.abi import lib
@@ -29,7 +30,7 @@ from kvmpy.vm import VM
 from kvmpy.x86.exceptions import GuestException, decode_exception
 from kvmpy.x86.registers import Registers
 
-__all__ = ["LAST_END", "Running", "raised_with"]
+__all__ = ["LAST_END", "Running", "exit_limit", "raised_with"]
 
 _OUTCOMES: Final = {
     lib.KVMPY_STOPPED: "stopped",
@@ -91,7 +92,7 @@ class Running:
         another run ends with "halt". Reset the machine, or `set_entry`.
         """
         vcpu = self._ready(cpu)
-        limit, before, drain = _exit_limit(max_exits), vcpu.counters(), self._drain(vcpu)
+        limit, before, drain = exit_limit(max_exits), vcpu.counters(), self._drain(vcpu)
         started = time.perf_counter()
         loop = vcpu.begin(timeout, max_exits=limit)
         try:
@@ -128,7 +129,7 @@ class Running:
         vcpu = self._ready(cpu)
         if self._posted:
             raise ConfigError("posted_console hides exits: make the machine without it to see them")
-        left, drain = _exit_limit(max_exits), self._drain(vcpu)
+        left, drain = exit_limit(max_exits), self._drain(vcpu)
         nanoseconds(timeout)  # refuse a bad one
         deadline = None if timeout is None else time.monotonic() + timeout
         while left:
@@ -290,9 +291,14 @@ def _ending(exit_: Exit, vcpu: VCPU) -> tuple[str, str]:
     return exit_kind(vcpu.run_page[8]), detail
 
 
-def _exit_limit(max_exits: int | None) -> int:
+def exit_limit(max_exits: int | None) -> int:
+    """How many exits end a run; ConfigError for what is no such number."""
     if max_exits is None:
         return NO_LIMIT
-    if not 0 < max_exits < 1 << 64:
-        raise ConfigError(f"max_exits={max_exits}: give 1 or more, or None for no limit")
-    return max_exits
+    try:
+        limit = index(max_exits)
+    except TypeError:
+        limit = 0
+    if not 0 < limit <= NO_LIMIT:
+        raise ConfigError(f"max_exits={max_exits!r:.80}: give 1 or more, or None for no limit")
+    return limit

@@ -1,8 +1,10 @@
-"""Sizes and addresses as people write them: "16M", "0x7c00"."""
+"""Sizes and addresses as people write them ("16M", "0x7c00"), and counts within bounds."""
+
+from operator import index
 
 from kvmpy.errors import ConfigError
 
-__all__ = ["MAXIMUM_ADDRESS", "parse_address", "parse_size"]
+__all__ = ["MAXIMUM_ADDRESS", "check_count", "parse_address", "parse_size"]
 
 # Physical addresses have at most 52 bits (SDM volume 3A, section 4.1.4, MAXPHYADDR).
 MAXIMUM_ADDRESS = (1 << 52) - 1
@@ -46,6 +48,21 @@ def parse_address(address: str | int) -> int:
     if not 0 <= number < 1 << 64:
         raise ConfigError(f"address {_shown(address)} is not between 0 and 0xffffffffffffffff")
     return number
+
+
+def check_count(name: str, value: object, most: int | None = None) -> None:
+    """Raise ConfigError unless the option `name` is an integer of 1 or more, up to `most`."""
+    number = _index(value)
+    if number is None or not 1 <= number <= (number if most is None else most):
+        bounds = "1 or more" if most is None else f"1 to {most}"
+        raise ConfigError(f"{name}={_shown(value)}: give {bounds}")
+
+
+def _index(value: object) -> int | None:
+    try:
+        return index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _integer(text: str) -> int | None:

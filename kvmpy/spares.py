@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 from kvmpy.errors import ClosedError, ConfigError, KvmpyError
 from kvmpy.machine import Machine
+from kvmpy.sizes import check_count
 from kvmpy.snapshot import Snapshot
 
 __all__ = ["Spares"]
@@ -31,8 +32,7 @@ class Spares:
         scope: str = "all",
         **options: Any,
     ) -> None:
-        if size < 1:
-            raise ConfigError(f"size={size}: give 1 or more")
+        check_count("size", size)
         self.snapshot, self.size = snapshot, size
         self._attach, self._scope, self._options = attach, scope, options
         self._ready: deque[Machine] = deque()

@@ -275,6 +275,12 @@ def nanoseconds(timeout: float | None) -> int:
     """Seconds as nanoseconds for the C loop, where -1 means no deadline."""
     if timeout is None:
         return -1
-    if not 0 <= timeout < 1e9:
-        raise ConfigError(f"a timeout of {timeout} seconds: give 0 or more, or None for no limit")
+    try:
+        good = 0 <= timeout < 1e9
+    except TypeError:
+        good = False
+    if not good:
+        raise ConfigError(
+            f"a timeout of {timeout!r:.80} seconds: give 0 or more, or None for no limit"
+        )
     return int(timeout * 1_000_000_000)

@@ -1,11 +1,12 @@
 """Wrong arguments and closed machines: typed errors, in a line that says what to do."""
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from kvmpy import ConfigError, Machine, Snapshot, runs
+from kvmpy import AddressError, ConfigError, Machine, Snapshot, assemble, runs
 from kvmpy.spares import Spares
 
 pytestmark = pytest.mark.usefixtures("kvm_host")
@@ -80,3 +81,56 @@ def test_what_is_no_device(
 def test_places_that_are_no_numbers(machine: Machine, on: Any, place: Any) -> None:
     with pytest.raises(ConfigError, match=r"(port|MMIO) (address|size) .*: give an int"):
         on(machine, *place)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch": "a"},
+        {"batch": 1.5},
+        {"batch": 10**9},
+        {"timeout": "1"},
+        {"timeout": [1]},
+        {"max_exits": "1"},
+        {"max_exits": 1.5},
+        {"collect": 5},
+        {"collect": (0, -4)},
+        {"collect": (0, 0)},
+        {"collect": (0, "4")},
+        {"collect": (0, 1, 2)},
+        {"collect": ()},
+    ],
+    ids=str,
+)
+def test_options_of_runs(snapshot: Snapshot, options: dict[str, Any]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(ConfigError, match=rf"{name}.*{re.escape(str(value))}.*give"):
+        list(runs(snapshot, [b""], **options))
+
+
+def test_more_is_collected_than_there_is(snapshot: Snapshot) -> None:
+    with pytest.raises(AddressError, match="not in writable RAM"):
+        list(runs(snapshot, [b""], collect=(0, 1 << 60)))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda _: Machine(cpus="2"), "cpus='2': give 1 or more"),
+        (lambda _: Machine(irqchip=[1]), "irqchip="),
+        (lambda machine: Spares(machine.snapshot(), "2"), "size='2': give 1 or more"),
+        (lambda machine: machine.run("1"), "timeout of '1' seconds: give"),
+        (lambda machine: machine.run(max_exits="1"), "max_exits='1': give"),
+        (lambda machine: next(machine.exits(None, 1.5)), "max_exits=1.5: give"),
+        (lambda _: assemble(b"nop"), "a source is text, not bytes"),
+        (lambda _: assemble(None), "a source is text, not NoneType"),
+        (lambda _: assemble("nop", mode=[]), "unknown mode"),
+        (lambda _: assemble("nop", at="0x1000"), "'0x1000': give an int"),
+        (lambda _: assemble("nop", timeout="1"), "a timeout of 1 s"),
+    ],
+)
+def test_arguments_of_a_wrong_kind(
+    machine: Machine, call: Callable[[Machine], Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        call(machine)

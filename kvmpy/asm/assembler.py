@@ -21,11 +21,15 @@ _MAX_SOURCE = 16 << 20
 
 def assemble_source(source: str, mode: str, at: int, timeout: float) -> Program:
     """What `kvmpy.asm.assemble` documents."""
-    if mode not in MODES:
+    if not isinstance(source, str):
+        raise ConfigError(f"a source is text, not {type(source).__name__}: decode it first")
+    if not isinstance(mode, str) or mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}: it must be one of {', '.join(MODES)}")
+    if not isinstance(at, int):
+        raise ConfigError(f"the address {at!r:.80}: give an int")
     if not 0 <= at < 1 << 64:
         raise ConfigError(f"the address {at:#x} is outside of 0 to 2**64 - 1")
-    if not (timeout > 0 and math.isfinite(timeout)):
+    if not isinstance(timeout, int | float) or not (timeout > 0 and math.isfinite(timeout)):
         raise ConfigError(f"a timeout of {timeout} s: it must be more than 0 and finite")
     if len(source) > _MAX_SOURCE:
         raise AssemblyError(f"a source of more than {_MAX_SOURCE:#x} characters is refused")

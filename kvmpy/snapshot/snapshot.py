@@ -194,7 +194,7 @@ class Snapshot:
 def check_snapshot(given: Snapshot) -> Snapshot:
     """The same; ConfigError for what is no snapshot, such as the path of one."""
     if not isinstance(given, Snapshot):
-        raise ConfigError(f"{repr(given)[:80]}: give a Snapshot; Snapshot.load(path) reads one")
+        raise ConfigError(f"{given!r:.80}: give a Snapshot; Snapshot.load(path) reads one")
     return given
 
 
