@@ -26,12 +26,14 @@ class Attaching:
 
     def attach_port(self, base: int, size: int, device: Device, name: str | None = None) -> Claim:
         """Let `device` answer `size` ports from `base` on; OverlapError names both owners."""
+        self.vm.fd  # noqa: B018 - refuse a closed machine
         return self.dispatch.attach(self.dispatch.ports, base, size, device, name)
 
     def attach_mmio(self, base: int, size: int, device: Device, name: str | None = None) -> Claim:
         """Let `device` answer `size` bytes of guest-physical addresses from `base` on."""
         check_place("MMIO", base, size)
         check_device(device, name)
+        self.vm.fd  # noqa: B018 - refuse a closed machine
         ram = self.vm.memory.overlapping(base, size)
         if ram is not None:
             raise OverlapError(

@@ -236,12 +236,19 @@ class AddressSpace(GuestAccess):
 
     def __init__(self) -> None:
         self._regions: list[Memory] = []
+        self.closed = False
+        """Whether its VM was closed."""
 
     def __iter__(self) -> Iterator[Memory]:
         return iter(self._regions)
 
     def __len__(self) -> int:
         return len(self._regions)
+
+    def check_open(self) -> None:
+        """Raise ClosedError where the VM was closed."""
+        if self.closed:
+            raise ClosedError("the RAM is closed, with its VM")
 
     def overlapping(self, address: int, size: int) -> Memory | None:
         """The first region that shares an address with [address, address + size)."""
@@ -269,6 +276,7 @@ class AddressSpace(GuestAccess):
                 pieces.append((region, at, step))
                 at, left = at + step, left - step
         if left:
+            self.check_open()
             ram = ", ".join(f"[{region.address:#x}, {region.end:#x})" for region in self._regions)
             raise AddressError(
                 f"{length} bytes at address {address:#x} lie outside of RAM {ram or '(none)'}"
@@ -291,6 +299,7 @@ class AddressSpace(GuestAccess):
 
         Raises AddressError where there is none; each region has a `view` of its own.
         """
+        self.check_open()
         if not self._regions or self._regions[0].address:
             raise AddressError("there is no RAM at address 0: use the view of a region")
         return self._regions[0].view

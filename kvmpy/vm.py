@@ -266,6 +266,7 @@ class VM(InterruptController):
             else:
                 region.close()
             self.memory.remove(region)
+        self.memory.closed = True
 
     def __exit__(
         self,
