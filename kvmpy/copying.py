@@ -205,7 +205,10 @@ class Copying(Running):
         """
         unknown = options.keys() - {"output", "input"}
         if unknown:
-            raise ConfigError(f"{', '.join(sorted(unknown))}: a copy is as the snapshot has it")
+            raise ConfigError(
+                f"no option {', '.join(sorted(unknown))}: a copy is as the snapshot has it, and "
+                "takes attach, across_backends, output and input"
+            )
         check_snapshot(snapshot).check_host(across_backends)
         spawned = cls._spawned(snapshot, options)
         machine = cls._made_from(snapshot, options) if spawned is None else spawned

@@ -134,3 +134,10 @@ def test_arguments_of_a_wrong_kind(
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         call(machine)
+
+
+def test_options_that_a_copy_does_not_take(snapshot: Snapshot) -> None:
+    for options, named in (({"foo": 1}, "foo"), ({"memory": "2M", "cpus": 2}, "cpus, memory")):
+        message = f"no option {named}: a copy is .* takes attach, across_backends, output and input"
+        with pytest.raises(ConfigError, match=message):
+            Machine.from_snapshot(snapshot, **options)
