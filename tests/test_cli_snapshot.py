@@ -1,13 +1,17 @@
 """`kvmpy snapshot` and `kvmpy resume`, as a user meets them."""
 
 import json
+import os
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvmpy import Snapshot, SnapshotError
+from kvmpy import Machine, Snapshot, SnapshotError
 from kvmpy.cli import main
+from kvmpy.snapshot.newfile import check_new_file
 
 pytestmark = pytest.mark.usefixtures("kvm_host")
 
@@ -213,3 +217,78 @@ def test_a_snapshot_in_the_place_of_a_guest(tmp_path: Path, capfd: Any, verb: st
     done = kvmpy(capfd, verb, out, *(options if verb == "snapshot" else ()))
     assert done[0] == 2
     assert f"{out}: is a snapshot: `kvmpy resume {out}` goes on with it" in done[2][-1]
+
+
+@pytest.mark.parametrize("verb", ["snapshot", "trace"])
+def test_help_shows_the_options_for_a_guest(capfd: Any, verb: str) -> None:
+    status, text, _ = kvmpy(capfd, verb, "--help")
+    assert status == 0
+    for option in ("--out FILE", "--timeout SECONDS", "--ring", "diff"):
+        assert option in text
+    assert text.count("--help") == 1
+
+
+def test_what_cannot_be_saved_is_known_before_the_guest_runs(
+    tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest, at = source(tmp_path), ("--at", "symbol=last", "--timeout", 20)
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    for out, reason in (
+        (tmp_path / "no" / "one", "No such file or directory"),
+        (guest / "one", "Not a directory"),
+        (taken, "it is no regular file"),
+    ):
+        status, text, lines = kvmpy(capfd, "snapshot", guest, *at, "--out", out)
+        assert (status, text, len(lines)) == (125, "", 1)
+        assert f"{out}: cannot save there: {reason}" in lines[0]
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    out = tmp_path / "one"
+    done = kvmpy(capfd, "snapshot", guest, *at, "--out", out, "--compress", "zstd")
+    assert done[:2] == (2, "") and "pip install 'kvmpy[zstd]'" in done[2][0]
+    assert sorted(tmp_path.iterdir()) == [taken, guest]
+
+
+def test_a_file_system_without_unnamed_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check leaves nothing behind there, either."""
+    monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)
+    check_new_file(tmp_path / "one")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_symbol_that_is_nearly_right(tmp_path: Path, capfd: Any) -> None:
+    for name, meant in (
+        ("midle", "did you mean middle?"),
+        ("x", "it has last, middle, spin, start"),
+    ):
+        place = ("--at", f"symbol={name}", "--out", tmp_path / "one")
+        status, _, lines = kvmpy(capfd, "snapshot", source(tmp_path), *place)
+        assert status == 2 and lines[0].endswith(f"no symbol {name!r}; {meant}")
+
+
+def test_a_report_that_cannot_be_written_says_why(tmp_path: Path, capfd: Any) -> None:
+    guest = source(tmp_path)
+    for path, reason in (
+        (tmp_path / "no" / "one", "No such file or directory"),
+        (guest / "one", "Not a directory"),
+    ):
+        status, text, lines = kvmpy(capfd, "run", guest, "--timeout", 20, "--report", path)
+        assert (status, text) == (2, "")
+        assert lines == [f"kvmpy: cannot write the report {path}: {reason}"]
+
+
+def test_a_difference_in_words() -> None:
+    with Machine("1M") as machine:
+        machine.load(b"\xf4")
+        before = machine.snapshot()
+        machine.memory.write(0x5000, b"\1")
+        one = machine.snapshot().diff(before)
+        assert str(one) == "1 page differs, in 1 byte\n  page 0x5000"
+        leaves = machine.cpus[0].get_cpuid2()
+        first = leaves[0]
+        machine.cpus[0].set_cpuid2([replace(first, ebx=first.ebx ^ 1), *leaves[1:]])
+        found = before.diff(machine.snapshot()).registers
+    name = f"cpu0.cpuid {first.function:#x}.{first.index} ebx"
+    assert found == {name: (first.ebx, first.ebx ^ 1)}

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 __all__ = ["Report"]
 
 
+def _writable(path: Path) -> bool:
+    if path.exists():
+        return os.access(path, os.W_OK)
+    return path.parent.is_dir() and os.access(path.parent, os.W_OK)
+
+
 class Report:
     """Writes the report, if a path was given; ConfigError at once if it cannot be written."""
 
@@ -26,8 +32,11 @@ class Report:
         """Goes into the report."""
         if path is not None and path.is_dir():
             raise ConfigError(f"cannot write the report {path}: it is a directory")
-        if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise ConfigError(f"cannot write the report {path}: no such directory, or forbidden")
+        if path is not None and not _writable(path):
+            try:  # to learn why not
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC))
+            except OSError as error:
+                raise ConfigError(f"cannot write the report {path}: {error.strerror}") from None
 
     def _write(self, path: Path, text: str) -> None:
         try:

@@ -22,6 +22,8 @@ from kvmpy.machine import Machine
 from kvmpy.memory import PAGE_SIZE
 from kvmpy.snapshot import Snapshot
 from kvmpy.snapshot.load import SnapshotFile
+from kvmpy.snapshot.newfile import check_new_file
+from kvmpy.snapshot.zstd import compressor
 from kvmpy.x86.registers import Registers
 
 __all__ = ["snapshot"]
@@ -39,7 +41,7 @@ def snapshot() -> None:
     """Run GUEST to a place and save all of the machine there, for `kvmpy resume`."""
 
 
-@snapshot.command(_TAKE, short_help="The same as without a word; --help shows its options.")
+@snapshot.command(_TAKE, short_help="What is done without a word, too.")
 @guest_options
 @INPUT
 @TIMEOUT
@@ -67,6 +69,9 @@ def take(
     Exit status: 0 saved; 2 bad input, or the guest ended before; 124 timeout; 125 the host failed;
     126 the guest crashed before; 130 Ctrl-C.
     """
+    check_new_file(out)  # what would fail after the run is better known before
+    if compress is not None:
+        compressor()
     image = image_of(guest, mode, ring, load, entry)
     options = {"output": write_output, "input": input_of(input_path), "strict": strict}
     with Machine.from_image(image, memory, **options) as machine:

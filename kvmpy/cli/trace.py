@@ -41,7 +41,7 @@ def trace() -> None:
     """Run GUEST and show each of its exits: when, what, by whom it was served."""
 
 
-@trace.command(_GUEST, short_help="The same as without a word; --help shows its options.")
+@trace.command(_GUEST, short_help="What is done without a word, too.")
 @guest_options
 @INPUT
 @TIMEOUT

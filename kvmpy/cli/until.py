@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any, Final, NamedTuple
 
 import click
@@ -76,8 +77,10 @@ def run_until(machine: Machine, image: Image, place: Place, timeout: float | Non
         return _until_port(machine, place.value, timeout)
     address = image.symbols.get(place.name)
     if address is None:
+        near = get_close_matches(place.name, image.symbols)
         known = ", ".join(sorted(image.symbols)[:8]) or "none: symbols come from .S and ELF files"
-        raise ConfigError(f"{image.name} has no symbol {place.name!r}; it has {known}")
+        meant = f"did you mean {', '.join(near)}?" if near else f"it has {known}"
+        raise ConfigError(f"{image.name} has no symbol {place.name!r}; {meant}")
     return _until_code(machine, address, place.name, timeout)
 
 

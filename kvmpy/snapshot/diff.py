@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final
 
 from kvmpy.errors import ConfigError
+from kvmpy.kvm import unpack_cpuid
 from kvmpy.memory import PAGE_SIZE
 from kvmpy.x86.registers import Registers
 from kvmpy.x86.state import DebugRegisters, SpecialRegisters
@@ -27,9 +28,10 @@ class Difference:
     """From one snapshot to another. Each value is a pair: there, and in the other one.
 
     `pages` are guest-physical addresses of pages; `bytes` counts those that differ in them.
-    `registers` have names such as "cpu0.rax" or "cpu0.msr 0xc0000080"; state that has no names
-    is told by that of its ioctl, "cpu0.XSAVE". Clocks that run on by themselves are left out:
-    the TSC and its like, and the VM's clock.
+    `registers` have names such as "cpu0.rax", "cpu0.msr 0xc0000080" or, of CPUID's leaf 7,
+    subleaf 0, "cpu0.cpuid 0x7.0 ebx"; None is in the place of what one of them has not. State that
+    has no names is told by that of its ioctl, "cpu0.XSAVE". Clocks that run on by themselves are
+    left out: the TSC and its like, and the VM's clock.
     """
 
     pages: tuple[int, ...]
@@ -41,11 +43,18 @@ class Difference:
         return bool(self.pages or self.registers or self.devices)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.pages)} pages differ, in {self.bytes} bytes"]
+        lines = [
+            f"{_counted(len(self.pages), 'page')} differ{'s' * (len(self.pages) == 1)}, in "
+            f"{_counted(self.bytes, 'byte')}"
+        ]
         lines += [f"  page {page:#x}" for page in self.pages]
         for name, (one, other) in {**self.registers, **self.devices}.items():
             lines.append(f"  {name}: {_shown(one)} -> {_shown(other)}")
         return "\n".join(lines)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _shown(value: Any) -> str:
@@ -106,6 +115,8 @@ def _state(name: str, before: bytes, after: bytes) -> dict[str, tuple[Any, Any]]
             for index in dict.fromkeys((*one, *other))
             if one.get(index) != other.get(index) and index not in TIME_STAMPS
         }
+    if name == "CPUID2":
+        return _leaves(before, after)
     if name == "XSAVE":
         before, after = without_in_use(before), without_in_use(after)
         if before == after:
@@ -117,4 +128,21 @@ def _state(name: str, before: bytes, after: bytes) -> dict[str, tuple[Any, Any]]
         field.name: (getattr(here, field.name), getattr(there, field.name))
         for field in fields(here)
         if getattr(here, field.name) != getattr(there, field.name)
+    }
+
+
+def _leaves(before: bytes, after: bytes) -> dict[str, tuple[Any, Any]]:
+    """The answers of CPUID that differ, by leaf, subleaf and register."""
+    one, other = (
+        {
+            f"cpuid {entry.function:#x}.{entry.index} {name}": getattr(entry, name)
+            for entry in unpack_cpuid(data)
+            for name in ("eax", "ebx", "ecx", "edx", "flags")
+        }
+        for data in (before, after)
+    )
+    return {
+        name: (one.get(name), other.get(name))
+        for name in dict.fromkeys((*one, *other))
+        if one.get(name) != other.get(name)
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvmpy.errors import HostError
 
-__all__ = ["new_file"]
+__all__ = ["check_new_file", "new_file"]
 
 _NO_UNNAMED = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
 _MODE = 0o666  # less the umask
@@ -23,15 +23,7 @@ def new_file(path: Path) -> Iterator[int]:
     that (O_TMPFILE), so that nothing is left lying about; elsewhere only a crash leaves it.
     Raises HostError for what the host refuses.
     """
-    try:
-        target = Path(os.path.realpath(path))  # what a symbolic link leads to, not the link itself
-        if target.exists() and not target.is_file():
-            raise HostError(f"{path}: cannot save there: it is no regular file")
-        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except HostError:
-        raise
-    except (OSError, ValueError) as error:
-        raise _failed(path, error) from None
+    target, folder = _place(path)
     temporary = f".{target.name[:200]}.{os.urandom(8).hex()}.tmp"
     named = False
     try:
@@ -57,6 +49,34 @@ def new_file(path: Path) -> Iterator[int]:
             with suppress(OSError):
                 os.unlink(temporary, dir_fd=folder)
         os.close(folder)
+
+
+def check_new_file(path: Path) -> None:
+    """Raise HostError, as `new_file` does, for a place that no file can be written to."""
+    target, folder = _place(path)
+    temporary = f".{target.name[:200]}.{os.urandom(8).hex()}.tmp"
+    try:
+        fd, named = _open(folder, target.parent, temporary)
+        os.close(fd)
+        if named:
+            os.unlink(temporary, dir_fd=folder)
+    except OSError as error:
+        raise _failed(path, error) from None
+    finally:
+        os.close(folder)
+
+
+def _place(path: Path) -> tuple[Path, int]:
+    """The file that is meant, and a descriptor of its folder."""
+    try:
+        target = Path(os.path.realpath(path))  # what a symbolic link leads to, not the link itself
+        if target.exists() and not target.is_file():
+            raise HostError(f"{path}: cannot save there: it is no regular file")
+        return target, os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except HostError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _failed(path, error) from None
 
 
 def _open(folder: int, parent: Path, temporary: str) -> tuple[int, bool]:
