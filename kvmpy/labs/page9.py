@@ -8,6 +8,7 @@ from kvmpy.labs.checks import console, ends, memory, value
 from kvmpy.labs.model import Case, Exercise, Finding, Run
 from kvmpy.labs.payload import place
 from kvmpy.machine import Machine
+from kvmpy.snapshot import Snapshot
 from kvmpy.x86.paging import PAGE_2M
 
 __all__ = ["EXERCISES"]
@@ -31,18 +32,18 @@ def _far_away(random: Random) -> int:
 
 def _orders(random: Random) -> Sequence[Case]:
     def case(address: int) -> Case:
-        return Case(
-            f"with {address:#x} at {_ADDRESS:#x}",
-            prepare=lambda machine: machine.memory.write_u64(_ADDRESS, address),
-            expect={"address": address},
-            timeout=_TIMEOUT,
-        )
+        def prepare(machine: Machine) -> Snapshot:
+            machine.memory.write_u64(_ADDRESS, address)
+            return machine.snapshot()  # where a shutdown leaves no state, it is replayed from here
+
+        return Case(f"with {address:#x} at {_ADDRESS:#x}", prepare=prepare,
+                    expect={"address": address}, timeout=_TIMEOUT)  # fmt: skip
 
     return [case(_far_away(random)) for _ in range(2)]
 
 
 def _begins_with_the_write(run: Run) -> Finding:
-    found = run.machine.autopsy(run.result, start=run.image)
+    found = run.machine.autopsy(run.result, start=run.kept)
     if not found.faults:
         return Finding(False, "there was no exception that could be found")
     first, address = found.faults[0], run.case.expect["address"]
@@ -56,7 +57,7 @@ def _begins_with_the_write(run: Run) -> Finding:
 
 
 def _gate_is_not_present(run: Run) -> Finding:
-    found = run.machine.autopsy(run.result, start=run.image)
+    found = run.machine.autopsy(run.result, start=run.kept)
     if len(found.faults) < 2:
         return Finding(False, "there is no second exception: the first one was delivered")
     second = found.faults[1]
