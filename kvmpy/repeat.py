@@ -23,7 +23,7 @@ from kvmpy.vcpu import nanoseconds
 from kvmpy.x86.exceptions import GuestException
 from kvmpy.x86.registers import Registers
 
-__all__ = ["Outcome", "WriteTo", "runs"]
+__all__ = ["Outcome", "WriteTo", "check_collect", "runs"]
 
 _T = TypeVar("_T")
 WriteTo: TypeAlias = int | Callable[[Machine, Any], object] | None
@@ -139,7 +139,7 @@ def runs(
     """
     limit = exit_limit(max_exits)
     check_count("batch", batch, _LARGEST_BATCH)
-    _check_collect(collect)
+    check_collect(collect)
     time, mine = nanoseconds(timeout), machine is None
     if not time:  # some would come to an end all the same, and others not
         raise ConfigError(f"timeout={timeout}: give 1e-9 seconds or more, or None for no limit")
@@ -173,7 +173,8 @@ def runs(
             machine.__exit__(GeneratorExit, GeneratorExit(), None)
 
 
-def _check_collect(collect: tuple[int, int] | None) -> None:
+def check_collect(collect: tuple[int, int] | None) -> None:
+    """Raise ConfigError unless it is None, or an address and a size above 0."""
     if collect is not None:
         try:
             _, size = map(index, collect)

@@ -74,6 +74,7 @@ def slow_down(document: dict[str, Any], number: int, factor: float) -> None:
         batch["blocks"] = [value * factor for value in batch["blocks"]]
 
 
+@pytest.mark.slow
 def test_random_halves_of_a_run_do_not_differ_and_an_injected_slowdown_is_found() -> None:
     document = result()
     steady = [  # where no batch was slow: there 5% is more than all that chance does

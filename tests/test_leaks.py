@@ -169,6 +169,7 @@ def fails_everywhere(
     assert address_space() < space + 4 * LARGE, "RAM is left mapped"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize(
     ("error", "expected"),

@@ -555,3 +555,9 @@ def test_on_a_dask_cluster() -> None:
     assert (done.returncode, done.stdout) == (0, f"{sum(n * n for n in range(1000))}\n"), (
         done.stderr
     )
+
+
+def test_the_path_of_a_snapshot_is_told_what_to_do() -> None:
+    path: Any = "a.snapshot"
+    with pytest.raises(ConfigError, match="Snapshot.load"):
+        kvmpy.map(path, [b"a"])

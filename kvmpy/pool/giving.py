@@ -16,6 +16,7 @@ from kvmpy.pool.mapping import Submits
 from kvmpy.pool.processes import Processes
 from kvmpy.pool.work import Work, do, do_packed
 from kvmpy.repeat import Outcome
+from kvmpy.snapshot.snapshot import check_snapshot
 
 __all__ = ["outcomes"]
 
@@ -38,6 +39,7 @@ def outcomes(
     if executor is None or isinstance(executor, ProcessPoolExecutor):
         check_function("attach", work.attach)
         check_function("write_to", how.write_to if callable(how.write_to) else None)
+    check_snapshot(work.snapshot)
     total = len(inputs) if isinstance(inputs, Sized) else None
     many = workers or getattr(executor, "_max_workers", None) or _cpus()
     size = how.collect[1] if how.collect else None

@@ -1,12 +1,12 @@
 """`kvmpy.map`: what `kvmpy.runs` does, by many workers."""
 
 from collections.abc import Callable, Generator, Iterable
-from numbers import Integral
 from typing import Any, Protocol, TypeVar
 
 from kvmpy.errors import ConfigError
 from kvmpy.machine import Machine
-from kvmpy.repeat import Outcome, WriteTo
+from kvmpy.repeat import Outcome, WriteTo, check_collect
+from kvmpy.sizes import check_count
 from kvmpy.snapshot import Snapshot
 from kvmpy.vcpu import NO_LIMIT, nanoseconds
 
@@ -71,10 +71,9 @@ def map(
         )
     counts = {"batch": batch, "chunk_size": chunk_size, "workers": workers, "max_exits": max_exits}
     for name, number in counts.items():
-        if number is not None and not (isinstance(number, Integral) and 0 < number <= NO_LIMIT):
-            raise ConfigError(f"{name}={number!r:.80}: give a number of 1 or more")
-    if not (collect is None or _are_two_numbers(collect)):
-        raise ConfigError(f"collect={collect!r:.80}: give an address and a size")
+        if number is not None:
+            check_count(name, number, NO_LIMIT)
+    check_collect(collect)
     if not (isinstance(inputs, Iterable) or hasattr(inputs, "__getitem__")):
         raise ConfigError(f"inputs={inputs!r:.80}: give something to iterate over")
     nanoseconds(timeout)  # refuse a bad one
@@ -91,8 +90,3 @@ def map(
         workers=workers,
         progress=progress,
     )
-
-
-def _are_two_numbers(given: Any) -> bool:
-    two = isinstance(given, tuple | list) and len(given) == 2
-    return two and all(isinstance(one, Integral) for one in given)
