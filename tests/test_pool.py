@@ -559,5 +559,5 @@ def test_on_a_dask_cluster() -> None:
 
 def test_the_path_of_a_snapshot_is_told_what_to_do() -> None:
     path: Any = "a.snapshot"
-    with pytest.raises(ConfigError, match="Snapshot.load"):
+    with pytest.raises(ConfigError, match="give a Snapshot"):
         kvmpy.map(path, [b"a"])
