@@ -400,7 +400,7 @@ def test_inputs_by_a_function_end_as_those_by_an_address(summing: Machine) -> No
 @pytest.mark.parametrize("batch", [1, 64])
 def test_a_machine_that_another_thread_closes_at_any_moment(batch: int) -> None:
     """Between two runs or in one: a typed error, and RAM that nobody has taken away."""
-    for _ in range(6):
+    for _ in range(3):
         machine = machine_of(code(SUMMING), 3)
         snapshot, begun = machine.snapshot(), threading.Event()
 
@@ -413,7 +413,7 @@ def test_a_machine_that_another_thread_closes_at_any_moment(batch: int) -> None:
         thread = threading.Thread(target=close)
         thread.start()
         try:
-            inputs = [given_input(3)] * 10000
+            inputs = [given_input(3)] * 1000
             for one in runs(snapshot, inputs, INPUT, timeout=10, machine=machine, batch=batch):
                 assert one.value == 3
                 begun.set()
