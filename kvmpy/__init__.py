@@ -51,8 +51,9 @@ if TYPE_CHECKING:
     from kvmpy.kvm import KVM
     from kvmpy.machine import Machine
     from kvmpy.memory import Memory
+    from kvmpy.outcome import Outcome
     from kvmpy.pool import map
-    from kvmpy.repeat import Outcome, runs
+    from kvmpy.repeat import runs
     from kvmpy.result import Result
     from kvmpy.snapshot import Snapshot
     from kvmpy.spares import Spares
@@ -157,7 +158,8 @@ _HOMES = {
     "kvmpy.memory": ("Memory",),
     "kvmpy.result": ("Result",),
     "kvmpy.pool": ("map",),
-    "kvmpy.repeat": ("Outcome", "runs"),
+    "kvmpy.outcome": ("Outcome",),
+    "kvmpy.repeat": ("runs",),
     "kvmpy.snapshot": ("Snapshot",),
     "kvmpy.spares": ("Spares",),
     "kvmpy.vcpu": ("VCPU",),

@@ -1,17 +1,14 @@
-"""Snapshots of a machine, going back to one, and new machines made from one."""
+"""Snapshots of a machine, and going back to one."""
 
-import struct
-import sys
-from collections.abc import Callable, Container, Iterator, Sequence
-from threading import RLock
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter_ns
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple
 
 from kvmpy.abi import lib
-from kvmpy.bus import Stateful, has_state
+from kvmpy.bus import Stateful
 from kvmpy.console import Console
-from kvmpy.devices import NativeDevice, standard
-from kvmpy.dispatch import Dispatch
+from kvmpy.devices import NativeDevice
+from kvmpy.devicestates import load_devices, stateful
 from kvmpy.errors import ConfigError
 from kvmpy.kvm import KVM
 from kvmpy.running import Running
@@ -51,7 +48,6 @@ class Copying(Running):
     config: Config
     _console: Console
     _at: Snapshot | None = None  # that which the machine was at last
-    _waiting: Snapshot | None = None  # that whose devices are still to be made
     resetter: Any = None
     """What `reset_to` works with, once it was called."""
     _device_loads: Sequence[tuple[Callable[[bytes], None], bytes]] = ()
@@ -171,7 +167,7 @@ class Copying(Running):
     def _reset_devices(self, snapshot: Snapshot) -> None:
         generation = self.dispatch.routes.generation
         if self._loads_of != generation:
-            self._load_devices(snapshot, self.dispatch)
+            load_devices(snapshot, self.dispatch)
             found = dict(self._stateful())
             states = snapshot.devices.items()
             self._device_loads = [(found[name].load_state, state) for name, state in states]
@@ -183,86 +179,11 @@ class Copying(Running):
         self._forget_run()
         self.entry = snapshot.entry
 
-    def fork(self, attach: Callable[[Self], object] | None = None) -> Self:
-        """A second machine like this one; see `from_snapshot`."""
-        return self.from_snapshot(self.snapshot(), attach)
-
-    @classmethod
-    def from_snapshot(
-        cls,
-        snapshot: Snapshot,
-        attach: Callable[[Self], object] | None = None,
-        *,
-        across_backends: bool = False,
-        **options: Any,
-    ) -> Self:
-        """A new machine at a snapshot, which shares the snapshot's pages until it writes them.
-
-        `attach(machine)` attaches the devices that are not standard ones, before their state
-        is loaded: those of `on_port` and `on_mmio`, too. `options` are `output` and `input` of
-        `Machine`. Raises ConfigError where the snapshot's machine had a device and nobody has
-        attached one, and like `restore`.
-        """
-        unknown = options.keys() - {"output", "input"}
-        if unknown:
-            raise ConfigError(
-                f"no option {', '.join(sorted(unknown))}: a copy is as the snapshot has it, and "
-                "takes attach, across_backends, output and input"
-            )
-        check_snapshot(snapshot).check_host(across_backends)
-        spawned = cls._spawned(snapshot, options)
-        machine = cls._made_from(snapshot, options) if spawned is None else spawned
-        try:
-            if spawned is not None:
-                machine._waiting = snapshot
-                machine._came_from(snapshot)
-            if attach is not None:
-                attach(machine)
-            if spawned is None:
-                machine._load(snapshot)
-            elif attach or snapshot.attached or not standard.has_all(snapshot.devices):
-                machine._load_devices(snapshot, machine.dispatch)
-        except BaseException:
-            machine.vm.__exit__(*sys.exc_info())  # frames in its traceback may hold views
-            machine.kvm.close()
-            raise
-        return machine
-
-    @classmethod
-    def _made_from(cls, snapshot: Snapshot, options: dict[str, Any]) -> Self:
-        raise NotImplementedError
-
-    @classmethod
-    def _spawned(cls, snapshot: Snapshot, options: dict[str, Any]) -> Self | None:
-        """The same, at the snapshot already but for its devices; None where that cannot be."""
-        raise NotImplementedError
-
-    def _standard(self) -> Dispatch:
-        raise NotImplementedError
-
-    @property
-    def dispatch(self) -> Dispatch:
-        """Who answers which access: the buses with what is attached to them."""
-        found = self._dispatch
-        return self._attach_late() if found is None else found
-
-    def _attach_late(self) -> Dispatch:
-        """Make the devices of a machine that was made from a snapshot, as it has them."""
-        with _late:
-            if self._dispatch is None:
-                made = self._standard()
-                if self._waiting is not None:
-                    self._load_devices(self._waiting, made, partly=True)
-                for cpu in self.cpus:
-                    cpu.loop.routes = made.routes
-                self._dispatch = made
-            return self._dispatch
-
     def _load(self, snapshot: Snapshot) -> None:
         load_vm(self.vm, snapshot.vm)
         for cpu, state in zip(self.cpus, snapshot.cpus, strict=True):
             load_cpu(cpu, state)
-        self._load_devices(snapshot, self.dispatch)
+        load_devices(snapshot, self.dispatch)
         self._came_from(snapshot)
 
     def _came_from(self, snapshot: Snapshot) -> None:
@@ -279,25 +200,8 @@ class Copying(Running):
             for unclaimed in self.dispatch.unclaimed.values():
                 unclaimed.clear()
 
-    def _load_devices(
-        self, snapshot: Snapshot, dispatch: Dispatch, *, partly: bool = False
-    ) -> None:
-        found = dict(_stateful(dispatch))
-        if not partly:
-            _check_attached(snapshot, dispatch, found)
-        for name, state in snapshot.devices.items():
-            if name not in found:
-                continue
-            try:
-                found[name].load_state(state)
-            except (ArithmeticError, LookupError, TypeError, ValueError, struct.error) as error:
-                raise ConfigError(
-                    f"the device at {name} cannot take the state that the snapshot has for it: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-
     def _stateful(self) -> Iterator[tuple[str, Stateful]]:
-        return _stateful(self.dispatch)
+        return stateful(self.dispatch)
 
     def _device_states(self) -> Iterator[tuple[str, bytes]]:
         for name, device in self._stateful():
@@ -327,40 +231,6 @@ class Copying(Running):
                 f"the snapshot has irqchip={snapshot.config.irqchip!r}, this machine "
                 f"{self.vm.irqchip!r}"
             )
-
-
-_late = RLock()  # two vCPUs may need a device at the same time
-
-
-def _stateful(dispatch: Dispatch) -> Iterator[tuple[str, Stateful]]:
-    """The devices that have a state, each once, by bus and address."""
-    seen = set()
-    for bus in (dispatch.ports, dispatch.mmio):
-        for claim in bus:
-            if has_state(claim.device) and id(claim.device) not in seen:
-                seen.add(id(claim.device))
-                yield f"{bus.kind} {claim.base:#x}", claim.device
-
-
-def _check_attached(snapshot: Snapshot, dispatch: Dispatch, found: Container[str]) -> None:
-    """Raise ConfigError where the snapshot's machine had devices, and there is none now."""
-    buses = {bus.kind: bus for bus in (dispatch.ports, dispatch.mmio)}
-    missing = [
-        str(one)
-        for one in snapshot.attached
-        if not all(buses[one.bus].find(at) for at in (one.base, one.base + one.size - 1))
-    ]
-    if missing:
-        raise ConfigError(
-            f"the snapshot's machine had a device at {', '.join(missing)}, and this one has none "
-            "there: attach it first (from_snapshot, fork, runs, map and Spares take `attach`)"
-        )
-    missing = [name for name in snapshot.devices if name not in found]
-    if missing:
-        raise ConfigError(
-            f"the snapshot has the state of a device at {', '.join(missing)}, and this machine "
-            "has none there: attach it first (from_snapshot takes `attach`)"
-        )
 
 
 def _drop_exit(cpu: VCPU) -> None:

@@ -13,7 +13,6 @@ from kvmpy.boot.placing import check_entry, place_image
 from kvmpy.boot.segments import Image
 from kvmpy.bus import AccessFunction, Device, FunctionDevice
 from kvmpy.console import Console
-from kvmpy.copying import Copying
 from kvmpy.debugging import Debugging
 from kvmpy.devices import standard
 from kvmpy.dispatch import NO_ROUTES, Dispatch
@@ -22,6 +21,7 @@ from kvmpy.kvm import KVM, packed_cpuid
 from kvmpy.memory import PAGE_SIZE, AddressSpace
 from kvmpy.sizes import check_count, parse_size
 from kvmpy.snapshot import Config, Plan, Snapshot
+from kvmpy.spawning import Spawning
 from kvmpy.viewing import Viewing
 from kvmpy.views.symbols import places
 
@@ -36,7 +36,7 @@ _F = TypeVar("_F", bound=AccessFunction)
 _Bytes = bytes | bytearray | memoryview
 
 
-class Machine(Copying, Attaching, Viewing, Debugging):
+class Machine(Spawning, Attaching, Viewing, Debugging):
     """A virtual machine that is ready to load a guest and run it; a context manager.
 
     `memory` is its RAM ("16M", or bytes): up to 3 GiB from address 0 on, the rest from 4 GiB.

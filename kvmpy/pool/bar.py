@@ -4,7 +4,7 @@ from collections.abc import Generator
 from contextlib import closing
 from typing import TYPE_CHECKING, TypeVar
 
-from kvmpy.repeat import Outcome
+from kvmpy.outcome import Outcome
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,9 +9,9 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
+from kvmpy.outcome import Outcome
 from kvmpy.pool.processes import WorkerDied
 from kvmpy.pool.work import Answer
-from kvmpy.repeat import Outcome
 
 __all__ = ["LEASE", "Flow"]
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from kvmpy.errors import ConfigError
+from kvmpy.outcome import Outcome
 from kvmpy.pool import held
 from kvmpy.pool.bar import with_bar
 from kvmpy.pool.checks import check_function, check_main
@@ -15,7 +16,6 @@ from kvmpy.pool.flow import LEASE, Flow
 from kvmpy.pool.mapping import Submits
 from kvmpy.pool.processes import Processes
 from kvmpy.pool.work import Work, do, do_packed
-from kvmpy.repeat import Outcome
 from kvmpy.snapshot.snapshot import check_snapshot
 
 __all__ = ["outcomes"]

@@ -5,7 +5,8 @@ from typing import Any, Protocol, TypeVar
 
 from kvmpy.errors import ConfigError
 from kvmpy.machine import Machine
-from kvmpy.repeat import Outcome, WriteTo, check_collect
+from kvmpy.outcome import Outcome
+from kvmpy.prepared import WriteTo, check_collect
 from kvmpy.sizes import check_count
 from kvmpy.snapshot import Snapshot
 from kvmpy.vcpu import NO_LIMIT, nanoseconds

@@ -13,9 +13,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 from kvmpy.errors import ClosedError
+from kvmpy.outcome import Outcome
 from kvmpy.pool import held
 from kvmpy.pool.carried import carried, portable
-from kvmpy.repeat import Outcome, runs
+from kvmpy.repeat import runs
 from kvmpy.snapshot import Snapshot
 
 __all__ = ["Answer", "Options", "Work", "do", "do_packed"]
