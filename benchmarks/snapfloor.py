@@ -4,7 +4,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from benchmarks.floor import check, load
-from kvmpy import Machine, Snapshot
+from kvmpy import KVM, Snapshot
 from kvmpy.snapshot.reset import accepted_msrs
 from kvmpy.vm import IDENTITY_MAP_ADDRESS, TSS_ADDRESS
 
@@ -19,9 +19,10 @@ class FloorSnapshot:
         self.module = load()
         self._ffi = ffi = self.module.ffi
         self._kept: list[Any] = [snapshot]
-        with Machine.from_snapshot(snapshot) as machine:
-            msrs = accepted_msrs(machine.cpus[0], state["MSRS"])
         cpuid = state["CPUID2"]
+        with KVM() as kvm, kvm.create_vm() as vm, vm.create_vcpu() as cpu:
+            cpu.set_cpuid2(cpuid)
+            msrs = accepted_msrs(cpu, state["MSRS"])
         self.saved = self._buffer(image.view())
         self.regs = self._buffer(state["REGS"])
         self.memory = image.size
