@@ -213,6 +213,20 @@ class _Page(HTMLParser):
         self.text += data
 
 
+def test_of_very_many_records_the_page_shows_a_sample_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(html, "_MOST", 2000)
+    records = [record(number) for number in range(4500)]
+    whole = "\n".join(html.lines(records))
+    assert "one block of 1,000 records in 3, since there are 4,500." in whole
+    assert "2,000 exits in" in whole  # blocks 0 and 3
+    assert "The first 1,000 of 4,500." in whole
+    # Between the blocks is nobody's time: of 2,000 records, all but two were served for 50 ns.
+    assert f">{text.duration(1998 * 50)}<" in whole
+    assert "A sample" not in "\n".join(html.lines(records[:2000]))
+
+
 def test_the_page_needs_nothing_else_and_believes_no_name() -> None:
     whole = "\n".join(html.lines(iter(SOME), 7))
     page = _Page()

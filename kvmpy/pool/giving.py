@@ -13,8 +13,8 @@ from kvmpy.pool import held
 from kvmpy.pool.bar import with_bar
 from kvmpy.pool.checks import check_function, check_main
 from kvmpy.pool.flow import LEASE, Flow
-from kvmpy.pool.mapping import Submits
 from kvmpy.pool.processes import Processes
+from kvmpy.pool.submits import Submits
 from kvmpy.pool.work import Work, do, do_packed
 from kvmpy.snapshot.snapshot import check_snapshot
 

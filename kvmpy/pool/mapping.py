@@ -1,26 +1,20 @@
 """`kvmpy.map`: what `kvmpy.runs` does, by many workers."""
 
 from collections.abc import Callable, Generator, Iterable
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 from kvmpy.errors import ConfigError
 from kvmpy.machine import Machine
 from kvmpy.outcome import Outcome
+from kvmpy.pool.submits import Submits
 from kvmpy.prepared import WriteTo, check_collect
 from kvmpy.sizes import check_count
 from kvmpy.snapshot import Snapshot
 from kvmpy.vcpu import NO_LIMIT, nanoseconds
 
-__all__ = ["Submits", "map"]
+__all__ = ["map"]
 
 _T = TypeVar("_T")
-
-
-class Submits(Protocol):
-    """What `map` needs of an executor: `submit`, which gives a future."""
-
-    def submit(self, function: Callable[..., Any], /, *args: Any) -> Any:
-        """A future of `function(*args)`, with `result`, `cancel` and `add_done_callback`."""
 
 
 def map(

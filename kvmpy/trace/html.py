@@ -13,6 +13,8 @@ from kvmpy.trace.timeline import COLOURS, svg
 __all__ = ["lines"]
 
 _SHOWN: Final = 1000  # records in the table
+_MOST: Final = 200_000  # records that a page is made of: more are sampled
+_BLOCK: Final = 1000
 _STYLE: Final = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1040px; margin: 2em auto; padding: 0 1em; }
@@ -35,8 +37,12 @@ after the instruction. Times are CLOCK_MONOTONIC, read once before and once afte
 
 
 def lines(records: Iterable[Record], dropped: int = 0) -> Iterator[str]:
-    """The page. It goes through the records several times, so they are kept."""
-    kept = records if isinstance(records, Sequence) else list(records)
+    """The page. It goes through the records several times, so they are kept.
+
+    Of more than 200,000 it takes blocks of 1,000 at equal distances, and says so: what lies between
+    them is nobody's time, as between records of which some were dropped.
+    """
+    kept, total, step = _sampled(records)
     summary = Summary(kept)
     yield '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>kvmpy trace</title>'
     yield f"<style>{_STYLE}</style></head><body>"
@@ -46,6 +52,11 @@ def lines(records: Iterable[Record], dropped: int = 0) -> Iterator[str]:
         f"<p>{summary.exits:,} exits in {duration(summary.span)}; "
         f"{summary.interrupted:,} entries ended by signals{lost}; {escape(backend())}.</p>"
     )
+    if step > 1:
+        yield (
+            f"<p>A sample: one block of {_BLOCK:,} records in {step:,}, since there are {total:,}. "
+            "Numbers and times below are those of the sample.</p>"
+        )
     yield "<h2>Where the time went</h2>"
     yield from _times(summary)
     yield "<h2>Timeline</h2>"
@@ -81,7 +92,7 @@ def lines(records: Iterable[Record], dropped: int = 0) -> Iterator[str]:
         ),
         "tttnnn",
     )
-    yield f"<h2>Records</h2><p>The first {min(_SHOWN, len(kept)):,} of {len(kept):,}.</p>"
+    yield f"<h2>Records</h2><p>The first {min(_SHOWN, len(kept)):,} of {total:,}.</p>"
     yield '<div class="records">'
     yield from _table(
         ("seconds", "cpu", "exit", "at", "what", "rip", "by", "in KVM_RUN"),
@@ -89,6 +100,16 @@ def lines(records: Iterable[Record], dropped: int = 0) -> Iterator[str]:
         "nntttttn",
     )
     yield f"</div><h2>What this cannot tell</h2><p>{_CANNOT.strip()}</p></body></html>"
+
+
+def _sampled(records: Iterable[Record]) -> tuple[Sequence[Record], int, int]:
+    """Those to show, how many there are, and of how many blocks one is taken."""
+    there = records if isinstance(records, Sequence) else list(records)
+    step = -(-len(there) // _MOST)
+    if step <= 1:
+        return there, len(there), 1
+    kept = [one for at, one in enumerate(there) if at // _BLOCK % step == 0]
+    return kept, len(there), step
 
 
 def _times(summary: Summary) -> Iterator[str]:

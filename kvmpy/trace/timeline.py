@@ -47,7 +47,9 @@ def svg(records: Iterable[Record], summary: Summary) -> str:
     start, width = summary.first or 0, max(1.0, summary.span / _BINS)
     rows: dict[int, _Row] = {}
     for record, outside in followed(records):
-        row = rows.setdefault(record.cpu, _Row(start, width))
+        row = rows.get(record.cpu)
+        if row is None:
+            row = rows[record.cpu] = _Row(start, width)
         row.spend(IN_KVM_RUN, record.entered, record.left)
         row.exits[row.bin(record.left)] += record.kind != INTERRUPTED
         if outside is not None:
