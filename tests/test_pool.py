@@ -541,7 +541,7 @@ def test_kills_closes_and_interrupts_at_random() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", range(10, 14))
 def test_a_storm_of_kills_closes_and_interrupts(seed: int) -> None:
-    storm(60, seed, 500)
+    storm(60, seed, 200)
 
 
 @pytest.mark.slow  # a cluster takes seconds to start

@@ -31,7 +31,11 @@ class Processes(AbstractContextManager["Processes"]):
     def __init__(self, workers: int) -> None:
         self._most = workers
         self._home = os.getpid()
-        self._changed = threading.Condition()  # guards all that is below
+        # Guards all that is below. A signal handler may raise in the midst of a Condition's own
+        # `with`, which is Python, and leave it locked for ever: on the caller's thread the lock
+        # itself is taken.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._calls: deque[_Call] = deque()
         self._threads: list[threading.Thread] = []
         self._busy: set[Worker] = set()
@@ -43,7 +47,7 @@ class Processes(AbstractContextManager["Processes"]):
     def submit(self, function: Callable[..., Any], /, *args: Any) -> "Future[Any]":
         """Have it called; the future may come to WorkerDied, or HostError if none can start."""
         call = _Call(pickle.dumps((function, args)))
-        with self._changed:
+        with self._lock:
             self._calls.append(call)
             idle = len(self._threads) - len(self._busy)
             if idle < len(self._calls) and len(self._threads) < self._most:
@@ -120,7 +124,7 @@ class Processes(AbstractContextManager["Processes"]):
         """End all of them: idle ones at once, those that run a guest by force."""
         if os.getpid() != self._home:  # in a process that was forked they are not its own
             return
-        with self._changed:
+        with self._lock:
             self._closed = True
             calls = list(self._calls)
             self._calls.clear()
