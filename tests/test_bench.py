@@ -13,6 +13,7 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from kvmpy import ConfigError, HostError, KvmpyError, Machine
 from kvmpy import bench as kvmpy_bench
@@ -25,6 +26,7 @@ from kvmpy.bench.results import SCHEMA, document, load, save, to_csv
 from kvmpy.bench.runner import GROUP, groups, measure_cases, pinning
 from kvmpy.bench.takes import BLOCK, BLOCK_SHARE
 from kvmpy.bench.worker import pack, unpack
+from kvmpy.cli.bench import bench
 from kvmpy.devices import Sink
 
 ROOT = Path(__file__).parent.parent
@@ -231,6 +233,13 @@ def test_batches_are_taken_in_random_order_and_ctrl_c_keeps_what_there_is(
     monkeypatch.setattr("kvmpy.bench.runner._measured", process)
     measured = measure_cases(CASES[:60], 10, 3, seed=1)
     assert sum(len(one.batches) for one in measured) == sum(map(len, taken)) < 180
+    part = next(one for one in measured if len(one.batches) < 3)
+    assert f"interrupted: {len(part.batches)} of 3 batches" in part.flags
+    assert document([part], {}, [])["complete"] is False
+    whole = Measurement(part.case, part.batches)
+    assert document([whole], {}, [])["complete"] is True
+    cut = document([whole], {}, [], missing=[CASES[1]])
+    assert (cut["complete"], cut["missing"]) == (False, [str(CASES[1])])
 
 
 def test_disturbed_batches_are_taken_again_and_what_stays_so_is_flagged(
@@ -480,6 +489,18 @@ def test_ctrl_c_prints_what_there_is() -> None:
     assert process.returncode == 130, errors
     assert b"Traceback" not in errors
     assert b"Exit latencies under" in out or b"interrupted" in errors
+
+
+@pytest.mark.usefixtures("kvm_host")
+def test_a_run_interrupted_before_its_first_batch_leaves_an_earlier_result_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("kvmpy.bench.measure_cases", lambda *_, **__: [])
+    path = tmp_path / "a.json"
+    path.write_text("earlier")
+    done = CliRunner().invoke(bench, ["cpuid", "--json", str(path)], standalone_mode=False)
+    assert (done.return_value, path.read_text()) == (130, "earlier")
+    assert "nothing is written" in done.stderr
 
 
 def test_importing_kvmpy_does_not_bring_numpy() -> None:

@@ -28,6 +28,7 @@ class Measurement:
         reason: str = "",
         *,
         tsc_hz: float | None = None,
+        wanted: int | None = None,
     ) -> None:
         self.case, self.status, self.reason = case, status, reason
         self.all_batches = list(batches)
@@ -35,6 +36,8 @@ class Measurement:
         self.batches = quiet_ones(self.all_batches, (one.disturbed for one in self.all_batches))
         """Those that the statistics are of: the quiet ones (see `reference.quiet_ones`)."""
         self.tsc_hz = tsc_hz
+        self.wanted = len(self.all_batches) if wanted is None else wanted
+        """How many batches were asked for: there are fewer where the run was interrupted."""
 
     @cached_property
     def samples(self) -> Floats:
@@ -89,9 +92,16 @@ class Measurement:
         }
 
     @property
+    def complete(self) -> bool:
+        """Whether there are all batches that were asked for, or there can be none."""
+        return not self.all_batches or len(self.all_batches) >= self.wanted
+
+    @property
     def flags(self) -> list[str]:
         """What to beware of, in words."""
         words = []
+        if not self.complete:
+            words.append(f"interrupted: {len(self.all_batches)} of {self.wanted} batches")
         if len(self.batches) > 1 and self.spread > DISAGREEMENT:
             words.append(f"runs disagree by {self.spread:.0%}")
         if self.batches and len(self.samples) < FEW_SAMPLES:

@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from kvmpy.bench.measurement import Measurement
+from kvmpy.bench.model import Case
 from kvmpy.bench.stats import block_medians
 from kvmpy.errors import ConfigError
 
@@ -35,13 +36,19 @@ def document(
     command: Sequence[str],
     *,
     raw: bool = False,
+    missing: Sequence[Case] = (),
 ) -> dict[str, Any]:
-    """The JSON document of a run; with `raw`, every sample and clock reading is in it."""
+    """The JSON document of a run; with `raw`, every sample and clock reading is in it.
+
+    `missing` are the cases that an interrupted run has no batch of.
+    """
     return {
         "schema": NAME,
         "version": VERSION,
         "command": list(command),
         "environment": environment,
+        "complete": not missing and all(one.complete for one in measurements),
+        "missing": [str(case) for case in missing],
         "measurements": [_measurement(one, raw) for one in measurements],
     }
 
@@ -55,6 +62,7 @@ def _measurement(one: Measurement, raw: bool) -> dict[str, Any]:
         "reason": one.reason,
         "flags": one.flags,
         "summary": one.summary(),
+        "wanted_batches": one.wanted,
         "batches": [],
     }
     for batch in one.all_batches:

@@ -64,6 +64,8 @@ def measure_cases(
 ) -> list[Measurement]:
     """Measure each case in so many batches of so many samples; on Ctrl-C, what there is.
 
+    Then cases without a batch are left out, and others are not `complete`.
+
     A batch that was disturbed (see `reference`) is taken again, up to three times, but none
     after so many `seconds`. `progress` is called with the number of batches done and that of
     all. Raises HostError where measuring itself fails.
@@ -71,7 +73,7 @@ def measure_cases(
     if samples < 1 or batches < 1:
         raise ConfigError(f"{samples} samples in {batches} batches: give at least 1 of each")
     cases = list(dict.fromkeys(cases))
-    taken = _Taken(cases, samples, progress)
+    taken = _Taken(cases, samples, batches, progress)
     until = monotonic() + seconds
     with suppress(KeyboardInterrupt):
         taken.take(groups(cases, batches, seed))
@@ -87,9 +89,13 @@ class _Taken:
     """The batches taken so far, and the cases that turned out to have none here."""
 
     def __init__(
-        self, cases: Sequence[Case], samples: int, progress: Callable[[int, int], object]
+        self,
+        cases: Sequence[Case],
+        samples: int,
+        batches: int,
+        progress: Callable[[int, int], object],
     ) -> None:
-        self._samples, self._progress = samples, progress
+        self._samples, self._batches, self._progress = samples, batches, progress
         self._found: dict[Case, list[Batch]] = {case: [] for case in cases}
         self._absent: dict[Case, Unmeasured] = {}
         self._quiet = 0.0
@@ -146,7 +152,7 @@ class _Taken:
             elif found:
                 for batch in found:
                     batch.disturbed = disturbed(batch, self._quiet)
-                made.append(Measurement(case, found, tsc_hz=tsc_hz))
+                made.append(Measurement(case, found, tsc_hz=tsc_hz, wanted=self._batches))
         return made
 
 

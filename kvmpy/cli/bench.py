@@ -88,20 +88,28 @@ def bench(
             seconds=seconds,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+    if not measured:
+        click.echo("interrupted before anything was measured: nothing is written", err=True)
+        return 130
     console = wide_console()
     console.print(table(measured, facts))
     falls = waterfalls(measured)
     if falls:
         console.print(waterfall_table(falls))
     if json_path is not None:
-        result = document(measured, facts, ["kvmpy", *sys.argv[1:]], raw=raw)
+        done = {one.case for one in measured}
+        missing = [case for case in plan if case not in done]
+        command = ["kvmpy", *sys.argv[1:]]
+        result = document(measured, facts, command, raw=raw, missing=missing)
         save(json_path, json.dumps(result, indent=1) + "\n")
     if csv_path is not None:
         save(csv_path, to_csv(measured))
     if plot_path is not None:
         plot(measured, facts, plot_path)
-    if len(measured) < len(plan):
-        click.echo(f"interrupted: {len(measured)} of {len(plan)} cases", err=True)
+    whole = sum(one.complete for one in measured)
+    if whole < len(plan):
+        begun = f"{len(measured) - whole} more in part" if len(measured) > whole else "no other"
+        click.echo(f"interrupted: {whole} of {len(plan)} cases whole, {begun}", err=True)
         return 130
     return 0
 
