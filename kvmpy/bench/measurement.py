@@ -9,7 +9,7 @@ import numpy as np
 
 from kvmpy.bench.model import Batch, Case, Floats
 from kvmpy.bench.reference import quiet_ones
-from kvmpy.bench.stats import QUANTILES, bootstrap_median, mad, relative_spread
+from kvmpy.bench.stats import QUANTILES, mad, median_interval, relative_spread
 
 __all__ = ["Measurement"]
 
@@ -61,8 +61,8 @@ class Measurement:
         return self.quantile(0.5)
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """A bootstrap interval of the median, in ns (see `stats.bootstrap_median`)."""
-        return bootstrap_median([batch.samples for batch in self.batches], confidence)
+        """An interval of the median, in ns (see `stats.median_interval`)."""
+        return median_interval([batch.samples for batch in self.batches], confidence)
 
     @property
     def spread(self) -> float:
@@ -102,6 +102,8 @@ class Measurement:
         words = []
         if not self.complete:
             words.append(f"interrupted: {len(self.all_batches)} of {self.wanted} batches")
+        if len(self.batches) == 1:
+            words.append("one batch: the interval is within it only")
         if len(self.batches) > 1 and self.spread > DISAGREEMENT:
             words.append(f"runs disagree by {self.spread:.0%}")
         if self.batches and len(self.samples) < FEW_SAMPLES:
