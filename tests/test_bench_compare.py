@@ -12,8 +12,10 @@ import pytest
 
 from kvmpy import ConfigError
 from kvmpy.bench.compare import LEVEL, compare, reference_change, refuse_unlike
+from kvmpy.bench.model import Case
 from kvmpy.bench.ranks import batches_needed, effective_size, holm, rank_test
 from kvmpy.bench.results import NAME, VERSION, load
+from kvmpy.bench.told import changes, gone
 
 ROOT = Path(__file__).parent.parent
 OPERATIONS = 30
@@ -213,8 +215,52 @@ def test_the_command_says_what_is_slower_and_can_fail_for_it(files: tuple[Path, 
     failed = run(*files, "--fail-if-slower", 5, "--json", files[0].parent / "c.json")
     assert failed.returncode == 1
     assert "operation-3/c/long is slower by" in failed.stderr
-    rows = json.loads((files[0].parent / "c.json").read_text())
-    assert [row["verdict"] for row in rows].count("slower") == 1
+    written = json.loads((files[0].parent / "c.json").read_text())
+    assert (written["schema"], written["version"]) == ("kvmpy-bench-comparison", 1)
+    assert [one["backend"] for one in written["environments"]] == ["kvm_pvm"] * 2
+    assert [row["verdict"] for row in written["comparisons"]].count("slower") == 1
+
+
+def test_the_command_does_not_pass_what_it_could_not_tell(files: tuple[Path, Path]) -> None:
+    before, after = load(files[0]), load(files[1])
+    after["measurements"][3]["batches"] = []  # the slower one is "not available here" now
+    del after["measurements"][5]
+    after["measurements"][7]["batches"] = after["measurements"][7]["batches"][:4]
+    after["complete"] = False
+    files[1].write_text(json.dumps(after))
+    line = "of 1 cases there are too few batches to tell; 2 are measured in the first result only"
+    for arguments, status in ((), 0), (("--fail-if-slower", 5), 3):
+        done = run(*files, *arguments)
+        assert done.returncode == status
+        assert line in done.stderr
+        assert "operation-3/c/long, operation-5/c/long" in done.stderr
+        assert f"{files[1]} is the result of an interrupted run" in done.stderr
+    assert gone(before, after) == [Case(f"operation-{n}", "c", "long") for n in (3, 5)]
+    slow_down(after, 0, 2.0)
+    files[1].write_text(json.dumps(after))
+    assert run(*files, "--fail-if-slower", 5).returncode == 1
+
+
+def test_what_the_environments_differ_in_is_said_and_the_raw_ratio(
+    files: tuple[Path, Path],
+) -> None:
+    before, after = load(files[0]), load(files[1])
+    before["environment"] |= {"kernel": "6.1", "date": "then", "mitigations": {"mds": "[on]"}}
+    after["environment"] |= {"kernel": "6.2", "date": "now", "mitigations": {"mds": "off"}}
+    assert changes(before, after) == {"kernel": ("6.1", "6.2"), "mitigations mds": ("[on]", "off")}
+    for one in after["measurements"]:
+        for batch in one["batches"]:  # a machine slower by a half, and the reference with it
+            batch["median"] *= 1.5
+            batch["blocks"] = [1.5 * value for value in batch["blocks"]]
+            batch["reference"] = [1.5 * value for value in batch["reference"]]
+    row = compare(before, after)[0]
+    assert row.raw_ratio == pytest.approx(1.5, rel=0.05)
+    assert row.ratio == pytest.approx(1, rel=0.05)
+    for path, document in zip(files, (before, after), strict=True):
+        path.write_text(json.dumps(document))
+    done = run(*files)
+    assert "kernel: 6.1 -> 6.2" in done.stdout
+    assert "mitigations mds: [on] -> off" in done.stdout
 
 
 def test_across_backends_every_line_says_so(files: tuple[Path, Path]) -> None:

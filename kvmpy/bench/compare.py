@@ -11,10 +11,13 @@ from kvmpy.bench.ranks import batches_needed, effective_size, holm, rank_test
 from kvmpy.bench.reference import baseline
 from kvmpy.errors import ConfigError
 
-__all__ = ["LEVEL", "Comparison", "compare", "reference_change", "refuse_unlike", "table"]
+__all__ = ["LEVEL", "TOO_FEW", "Comparison", "compare", "reference_change", "refuse_unlike"]
 
 LEVEL: Final = 0.01
 """How likely any comparison of a run may be to find a difference where there is none."""
+
+TOO_FEW: Final = "too few batches"
+"""How the verdict begins where no difference, however large, could have been found."""
 
 _RESAMPLES: Final = 2000
 
@@ -23,7 +26,8 @@ _RESAMPLES: Final = 2000
 class Comparison:
     """A case in both results. `ratio` is the second's median to the first's, with a 95% interval.
 
-    Each batch counts in units of what the reference took around it (see `kvmpy.bench.reference`).
+    Each batch counts in units of what the reference took around it (see `kvmpy.bench.reference`);
+    `raw_ratio` is that of the medians in ns.
 
     `chance` is the rank test's, corrected for the number of comparisons. `effective` are the two
     sides' numbers of samples, taken for as many as they are worth (`ranks.effective_size`).
@@ -31,6 +35,7 @@ class Comparison:
 
     case: Case
     ratio: float
+    raw_ratio: float
     interval: tuple[float, float]
     chance: float
     effective: tuple[float, float]
@@ -42,6 +47,7 @@ class Comparison:
 class _Side:
     blocks: list[Floats]
     medians: Floats
+    raw: Floats
     samples: int
 
 
@@ -87,6 +93,7 @@ def _side(batches: Sequence[dict[str, Any]]) -> _Side:
     return _Side(
         [np.array(b["blocks"], np.float64) / unit for b, unit in zip(batches, units, strict=True)],
         np.array([b["median"] / unit for b, unit in zip(batches, units, strict=True)]),
+        np.array([b["median"] for b in batches], np.float64),
         sum(batch["count"] for batch in batches),
     )
 
@@ -96,12 +103,13 @@ def _comparison(case: Case, before: _Side, after: _Side, chance: float, needed: 
     if chance <= LEVEL:
         verdict = "slower" if ratio > 1 else "faster"
     elif min(len(before.blocks), len(after.blocks)) < needed:
-        verdict = f"too few batches: {needed} of each could tell"
+        verdict = f"{TOO_FEW}: {needed} of each could tell"
     else:
         verdict = "no difference seen"
     return Comparison(
         case,
         ratio,
+        float(np.median(after.raw) / np.median(before.raw)),
         _interval(before.medians, after.medians),
         chance,
         (_effective(before), _effective(after)),
@@ -137,36 +145,3 @@ def reference_change(first: dict[str, Any], second: dict[str, Any]) -> float:
         for document in (first, second)
     )
     return after / before if before and after else 1.0
-
-
-def table(comparisons: Sequence[Comparison], first: dict[str, Any], second: dict[str, Any]) -> Any:
-    """A rich table of them; `first` and `second` are the two results."""
-    from rich.table import Table
-
-    one, other = (document["environment"]["backend"] for document in (first, second))
-    unlike = one != other
-    backends = f"{one} against {other}" if unlike else one
-    made = Table(
-        title=f"Second result against the first, under {backends}",
-        caption="ratio of medians, by the reference; its 95% interval; rank test of batches, "
-        f"corrected for {len(comparisons)} comparisons; effective: what samples are worth",
-    )
-    for name in ("operation", "level", "mode"):
-        made.add_column(name, no_wrap=True)
-    for name in ("ratio", "interval", "chance", "effective", "samples"):
-        made.add_column(name, justify="right", no_wrap=True)
-    made.add_column("verdict")
-    for row in comparisons:
-        low, high = row.interval
-        made.add_row(
-            row.case.operation,
-            row.case.level,
-            row.case.mode,
-            f"{row.ratio:.3f}",
-            f"{low:.3f} .. {high:.3f}",
-            f"{row.chance:.2g}",
-            " / ".join(f"{size:,.0f}" for size in row.effective),
-            " / ".join(f"{count:,}" for count in row.samples),
-            row.verdict + (f" ({backends})" if unlike else ""),
-        )
-    return made

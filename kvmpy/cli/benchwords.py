@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +11,8 @@ import click
 from kvmpy.errors import ConfigError
 
 __all__ = ["BenchCommand", "need_numpy", "wide_console"]
+
+UNTOLD: Final = 3  # the exit status of a comparison that found nothing slower, and could not have
 
 
 def need_numpy() -> None:
@@ -55,7 +56,8 @@ class BenchCommand(click.Command):
 @click.option("--across-backends", "across", is_flag=True,
               help="Compare results of unlike backends, and say so on every line.")  # fmt: skip
 @click.option("--fail-if-slower", "limit", type=click.FloatRange(min=0), metavar="PCT",
-              help="Exit status 1 if anything is slower by more than PCT percent.")  # fmt: skip
+              help="Exit status 1 if anything is slower by more than PCT percent; 3 if not, but "
+              "some cases have too few batches to tell, or are gone in B.")  # fmt: skip
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE",
               help="Write the comparisons.")  # fmt: skip
 def compare(
@@ -68,8 +70,10 @@ def compare(
     """
     need_numpy()
     from kvmpy.bench.compare import compare as compared
-    from kvmpy.bench.compare import reference_change, refuse_unlike, table
+    from kvmpy.bench.compare import reference_change, refuse_unlike
     from kvmpy.bench.results import load, save
+    from kvmpy.bench.told import cut_short, document, gone, limits, untold
+    from kvmpy.bench.versus import table
 
     documents = load(first), load(second)
     if not across:
@@ -83,13 +87,21 @@ def compare(
             "machine itself was not the same, and no difference above is one of kvmpy or KVM.",
             err=True,
         )
+    for path, result in zip((first, second), documents, strict=True):
+        if cut_short(result):
+            click.echo(f"{path} is the result of an interrupted run", err=True)
     if json_path is not None:
-        save(json_path, json.dumps([asdict(one) for one in found], indent=1) + "\n")
+        save(json_path, json.dumps(document(found, *documents, change), indent=1) + "\n")
     slower = [one for one in found if one.verdict == "slower"]
     bad = [one for one in slower if limit is not None and one.ratio > 1 + limit / 100]
     for one in bad:
         click.echo(f"{one.case} is slower by {one.ratio - 1:.1%}", err=True)
-    return 1 if bad else 0
+    lacking = limits(untold(found), gone(*documents))
+    if lacking:
+        click.echo(f"not all could be told: {lacking}", err=True)
+    if bad:
+        return 1
+    return UNTOLD if lacking and limit is not None else 0
 
 
 @click.command("self-test")
