@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvmpy import ConfigError
 from kvmpy.bench import selftest
 from kvmpy.bench.calls import raiser, timed
 from kvmpy.bench.measurement import Measurement
 from kvmpy.bench.model import Batch, Case, Conditions, Unmeasured
-from kvmpy.bench.plot import check_suffix, plot
+from kvmpy.bench.plot import check_suffix, plot, ticks
 from kvmpy.bench.runner import pinning
 from kvmpy.bench.waterfall import PARTS, waterfalls
 from kvmpy.calls import Call, close, ioctl, write
@@ -23,7 +25,14 @@ from kvmpy.kvm import KVM
 
 ROOT = Path(__file__).parent.parent
 CLOSED = 1_000_000  # a descriptor that is none
-FACTS = {"backend": "kvm_pvm", "nested": True, "cpu": "a CPU"}
+FACTS = {
+    "backend": "kvm_pvm",
+    "nested": True,
+    "cpu": "a CPU",
+    "kernel": "6.1.2",
+    "versions": {"kvmpy": "9.8"},
+    "date": "2026-01-02",
+}
 
 
 def measured(level: str, median: float, mode: str = "long", **overhead: float) -> Measurement:
@@ -81,8 +90,27 @@ def test_the_suffix_chooses_the_format(suffix: str, tmp_path: Path) -> None:
             "python, long",
             "c, ring3",
             "KVM to user space and back",
+            "latency [ns], log scale; beyond p99.9 not shown",
+            "Linux 6.1.2, kvmpy 9.8, 2026-01-02",
         ):
             assert word in data.decode()
+
+
+@given(low=st.floats(20, 1e7), factor=st.floats(1.2, 1e5))
+def test_ticks_are_few_round_and_apart(low: float, factor: float) -> None:
+    high = low * factor
+    found = ticks(low, high)
+    assert 1 <= len(found) <= 6
+    assert all(low <= value <= high for value in found)
+    room = np.diff(np.log10(found)) / np.log10(factor)
+    assert (room >= 0.19).all()  # a label has a fifth of the axis
+    assert all(len(f"{value:.12g}".strip("0").replace(".", "").rstrip("0")) <= 4 for value in found)
+
+
+def test_ticks_of_a_decade_and_of_more() -> None:
+    assert ticks(900, 11_000) == [1000, 2000, 5000, 10_000]
+    assert ticks(90, 110_000) == [100, 1000, 10_000, 100_000]
+    assert ticks(7000, 9000) == [7000, 7500, 8000, 8500, 9000]
 
 
 def test_what_cannot_be_plotted_is_refused(tmp_path: Path) -> None:

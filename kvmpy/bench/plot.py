@@ -1,7 +1,7 @@
 """Plots for a paper: an ECDF of each operation, and waterfalls, by matplotlib."""
 
 from collections.abc import Sequence
-from math import ceil
+from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,14 +11,17 @@ from kvmpy.bench.measurement import Measurement
 from kvmpy.bench.waterfall import PARTS, Waterfall, waterfalls
 from kvmpy.errors import ConfigError
 
-__all__ = ["check_suffix", "plot"]
+__all__ = ["check_suffix", "plot", "ticks"]
 
 _COLUMNS: Final = 3
 _PANEL: Final = (3.4, 2.5)  # inches, a column of a paper
-_STEPS: Final = 400  # points of a curve: a file of every sample would be large and look the same
+_STEPS: Final = 1000  # points of a curve: a file of every sample would be large and look the same
+_LAST: Final = 0.999  # the last thousandth would squeeze all the rest together
+_TICKS: Final = (3, 5)  # as many as there should be, and may be
 _STYLE: Final = {"kernel": ":", "c": "-", "python": "--", "-": "-"}
 _FONT: Final[Any] = {
-    "font.size": 7,
+    "font.size": 8,
+    "legend.fontsize": 7,
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
     "axes.axisbelow": True,
@@ -78,31 +81,72 @@ def plot(measurements: Sequence[Measurement], environment: dict[str, Any], path:
 
 def _title(environment: dict[str, Any]) -> str:
     nested = ", nested" if environment["nested"] else ""
-    return f"Latencies under {environment['backend']}{nested}: {environment['cpu']}"
+    versions = environment["versions"]
+    return (
+        f"Latencies under {environment['backend']}{nested}: {environment['cpu']}\n"
+        f"Linux {environment['kernel']}, kvmpy {versions['kvmpy']}, {environment['date']}"
+    )
 
 
 def _ecdf(axes: Any, operation: str, measurements: Sequence[Measurement]) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator
+    from matplotlib.ticker import NullLocator
 
-    shares = np.linspace(0, 1, _STEPS)
     modes = list(dict.fromkeys(one.case.mode for one in measurements))
     for one in measurements:
         label = ", ".join(word for word in (one.case.level, one.case.mode) if word != "-")
         colour = f"C{modes.index(one.case.mode)}"
         style = _STYLE[one.case.level]
-        axes.plot(np.quantile(one.samples, shares), shares, style, color=colour, label=label, lw=1)
+        values = np.sort(one.samples)
+        at = np.unique(np.linspace(0, len(values) - 1, min(_STEPS, len(values))).astype(int))
+        shares = (at + 1) / len(values)
+        options = {"color": colour, "label": label, "lw": 1, "drawstyle": "steps-post"}
+        axes.plot([values[0], *values[at]], [0, *shares], style, **options)
     axes.set_xscale("log")
-    # The last thousandth would squeeze all the rest together.
-    ends = [(one.quantile(0), one.quantile(0.999)) for one in measurements]
-    axes.set_xlim(min(low for low, _ in ends) * 0.9, max(high for _, high in ends) * 1.1)
+    ends = [(one.quantile(0), one.quantile(_LAST)) for one in measurements]
+    low, high = min(low for low, _ in ends) * 0.9, max(high for _, high in ends) * 1.1
+    axes.set_xlim(low, high)
     axes.set_ylim(0, 1)
-    axes.set(title=operation, xlabel="ns", ylabel="share of samples")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.set(
+        title=operation,
+        xlabel=f"latency [ns], log scale; beyond p{100 * _LAST:g} not shown",
+        ylabel="share of samples",
+    )
+    axes.set_xticks(ticks(low, high))
     axes.xaxis.set_major_formatter(_plain)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
     if any(one.case.level != "-" or one.case.mode != "-" for one in measurements):
-        axes.legend(fontsize=5, loc="lower right")
+        axes.legend(loc="lower right")
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Two to five round numbers between them, such that their labels do not touch on a log scale.
+
+    Decades where there are enough of them, else 1, 2 and 5 of each, else equal steps, of which
+    those are left out that lie too near to the one before.
+    """
+    first, last = floor(log10(low)), ceil(log10(high))
+    decades = range(first, last + 1)
+    for digits in ((1,), (1, 2, 5)):
+        found = [one * 10.0**ten for ten in decades for one in digits]
+        found = [value for value in found if low <= value <= high]
+        if len(found) >= _TICKS[0]:
+            return _apart(found, low, high)
+    wide = (high - low) / (_TICKS[1] - 1)
+    size = 10.0 ** floor(log10(wide))
+    step = next(one * size for one in (1, 2, 5, 10) if one * size >= wide)
+    found = [step * at for at in range(ceil(low / step), floor(high / step) + 1)]
+    return _apart(found, low, high)
+
+
+def _apart(values: Sequence[float], low: float, high: float) -> list[float]:
+    """Those that have room for their labels."""
+    least = (log10(high) - log10(low)) / _TICKS[1]
+    kept: list[float] = []
+    for value in values:
+        if not kept or log10(value) - log10(kept[-1]) >= least:
+            kept.append(value)
+    return kept
 
 
 def _plain(value: float, _: object) -> str:
@@ -118,6 +162,9 @@ def _stacked(axes: Any, falls: Sequence[Waterfall]) -> None:
             axes.barh(names, widths, left=left, label=part, color=f"C{at}", height=0.7)
             left += widths
     axes.invert_yaxis()
-    axes.set(xlabel="ns", title="Where it goes: an exit that a Python device serves")
-    axes.legend(fontsize=5, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.set(
+        xlabel="ns, differences of medians",
+        title="Where it goes: an exit that a Python device serves",
+    )
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     axes.grid(axis="x", alpha=0.3)
