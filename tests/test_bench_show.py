@@ -90,7 +90,8 @@ def test_the_suffix_chooses_the_format(suffix: str, tmp_path: Path) -> None:
             "python, long",
             "c, ring3",
             "KVM to user space and back",
-            "latency [ns], log scale; beyond p99.9 not shown",
+            "latency [ns], log scale",
+            "beyond p99.9 not shown",
             "Linux 6.1.2, kvmpy 9.8, 2026-01-02",
         ):
             assert word in data.decode()

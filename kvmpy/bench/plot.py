@@ -18,6 +18,7 @@ _PANEL: Final = (3.4, 2.5)  # inches, a column of a paper
 _STEPS: Final = 1000  # points of a curve: a file of every sample would be large and look the same
 _LAST: Final = 0.999  # the last thousandth would squeeze all the rest together
 _TICKS: Final = (3, 5)  # as many as there should be, and may be
+_LETTER: Final = 0.036  # of a panel's width, with room beside it
 _STYLE: Final = {"kernel": ":", "c": "-", "python": "--", "-": "-"}
 _FONT: Final[Any] = {
     "font.size": 8,
@@ -58,7 +59,7 @@ def plot(measurements: Sequence[Measurement], environment: dict[str, Any], path:
         raise ConfigError(f"nothing was measured: there is nothing to plot into {path}")
     columns = min(_COLUMNS, len(by_operation))
     rows = ceil(len(by_operation) / columns)
-    below = 0.8 + 0.22 * len(falls) if falls else 0.0
+    below = 1.4 + 0.22 * len(falls) if falls else 0.0
     with mpl.rc_context(_FONT):
         width, height = _PANEL[0] * max(columns, 2), _PANEL[1] * rows + below + 0.6
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -108,7 +109,7 @@ def _ecdf(axes: Any, operation: str, measurements: Sequence[Measurement]) -> Non
     axes.set_ylim(0, 1)
     axes.set(
         title=operation,
-        xlabel=f"latency [ns], log scale; beyond p{100 * _LAST:g} not shown",
+        xlabel=f"latency [ns], log scale\nbeyond p{100 * _LAST:g} not shown",
         ylabel="share of samples",
     )
     axes.set_xticks(ticks(low, high))
@@ -141,7 +142,8 @@ def ticks(low: float, high: float) -> list[float]:
 
 def _apart(values: Sequence[float], low: float, high: float) -> list[float]:
     """Those that have room for their labels."""
-    least = (log10(high) - log10(low)) / _TICKS[1]
+    longest = len(_plain(high, None))
+    least = (log10(high) - log10(low)) * max(1 / _TICKS[1], _LETTER * longest)
     kept: list[float] = []
     for value in values:
         if not kept or log10(value) - log10(kept[-1]) >= least:
@@ -166,5 +168,6 @@ def _stacked(axes: Any, falls: Sequence[Waterfall]) -> None:
         xlabel="ns, differences of medians",
         title="Where it goes: an exit that a Python device serves",
     )
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    handles = axes.get_legend_handles_labels()
+    axes.figure.legend(*handles, loc="outside lower center", ncols=4)
     axes.grid(axis="x", alpha=0.3)
