@@ -196,6 +196,7 @@ def _sent(label: str, waits: str, bench: GuestBench) -> Batch:
     if (ticks <= 0).any():
         raise Unmeasured("not available here", "the TSCs of two vCPUs are not in step")
     batch.samples = ticks * 1e6 / bench.cpu.get_tsc_khz()
+    bench.costs = ()  # the host's clock is no part of it
     return batch
 
 
@@ -226,6 +227,7 @@ def _measure(
     try:
         bench = GuestBench(kind, case, conditions, **options)
         bench.most_stamps = 0
+        bench.costs = ("clock",)  # the guest waits for the event, or the end, and goes no round
         return bench.proven(partial(take, bench))
     except UnsupportedError as error:
         raise Unmeasured("not available here", str(error)) from None

@@ -11,10 +11,12 @@ from kvmpy.bench.model import Batch, Case, Floats
 from kvmpy.bench.reference import quiet_ones
 from kvmpy.bench.stats import QUANTILES, mad, median_interval, relative_spread
 
-__all__ = ["Measurement"]
+__all__ = ["ENOUGH_BEYOND", "Measurement"]
 
 DISAGREEMENT: Final = 0.10
 FEW_SAMPLES: Final = 1000
+ENOUGH_BEYOND: Final = 10
+"""As many samples are to lie beyond a quantile for it to be given without a question mark."""
 
 
 class Measurement:
@@ -45,6 +47,16 @@ class Measurement:
         if not self.batches:
             return np.zeros(0)
         return np.concatenate([batch.samples for batch in self.batches])
+
+    @property
+    def per_sample(self) -> int:
+        """How many operations a sample is the mean of; percentiles are then those of means."""
+        proof: dict[str, int] = dict(self.batches[0].proof) if self.batches else {}
+        return proof.get("elements", proof.get("per_sample", 1))
+
+    def beyond(self, p: float) -> int:
+        """How many samples lie beyond the quantile `p`: of fewer than 10 it says little."""
+        return round(len(self.samples) * (1 - p))
 
     @property
     def disturbed(self) -> int:
@@ -108,6 +120,8 @@ class Measurement:
             words.append(f"runs disagree by {self.spread:.0%}")
         if self.batches and len(self.samples) < FEW_SAMPLES:
             words.append("few samples")
+        if self.per_sample > 1:
+            words.append(f"percentiles of means of {self.per_sample}")
         if self.disturbed:
             aside = ", and set aside" if len(self.batches) < len(self.all_batches) else ""
             words.append(f"{self.disturbed} of {len(self.all_batches)} batches disturbed{aside}")
@@ -125,6 +139,7 @@ class Measurement:
         cycles = None if self.tsc_hz is None else quantiles["p50"] * self.tsc_hz / 1e9
         return {
             "count": len(self.samples),
+            "per_sample": self.per_sample,
             "min": float(self.samples.min()),
             **quantiles,
             "max": float(self.samples.max()),
@@ -143,9 +158,10 @@ class Measurement:
         if not self.batches:
             return f"{self.case}: {self.status}: {self.reason}"
         low, high = self.interval()
+        last = f"p99 {self.quantile(0.99):,.0f} ns, " if self.beyond(0.99) >= ENOUGH_BEYOND else ""
         return (
             f"{self.case}: median {self.median:,.0f} ns [{low:,.0f}, {high:,.0f}], "
-            f"p99 {self.quantile(0.99):,.0f} ns, {len(self.samples)} samples"
+            f"{last}{len(self.samples)} samples"
         )
 
     def __rich__(self) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Final
 
-from kvmpy.bench.measurement import Measurement
+from kvmpy.bench.measurement import ENOUGH_BEYOND, Measurement
 
 __all__ = ["table"]
 
@@ -20,6 +20,7 @@ _NUMBERS: Final = {
     "tsc": "tsc",
     "samples": "count",
 }
+_TAILS: Final = {"p99": 0.99, "p99.9": 0.999}
 
 
 def table(measurements: Sequence[Measurement], environment: dict[str, Any]) -> Any:
@@ -31,7 +32,8 @@ def table(measurements: Sequence[Measurement], environment: dict[str, Any]) -> A
     made = Table(
         title=f"Exit latencies under {environment['backend']}{nested}: {environment['cpu']}, "
         f"Linux {environment['kernel']}, kvmpy {versions['kvmpy']}, {environment['date']}",
-        caption="ns; median with its 95% interval; clock and loop are part of it, not taken off; "
+        caption="ns; median with its 95% interval; ?: fewer than 10 samples lie beyond; cycles: "
+        "the TSC's; clock and loop, where given, are part of the median, not taken off; "
         "in guest: by the guest's own TSC, where tsc is part of it",
     )
     for name in ("operation", "level", "mode"):
@@ -46,12 +48,13 @@ def table(measurements: Sequence[Measurement], environment: dict[str, Any]) -> A
             made.add_row(*case, *[""] * len(_NUMBERS), f"{one.status}: {one.reason}")
             continue
         low, high = summary["interval"]
-        numbers = (summary[name] for name in _NUMBERS.values() if name)
+        names = [name for name in _NUMBERS.values() if name]
+        unsure = {name for name, p in _TAILS.items() if one.beyond(p) < ENOUGH_BEYOND}
         made.add_row(
             *case,
             _number(summary["p50"]),
             f"{_number(low)} .. {_number(high)}",
-            *map(_number, numbers),
+            *(_number(summary[name]) + "?" * (name in unsure) for name in names),
             "; ".join(one.flags),
         )
     return made

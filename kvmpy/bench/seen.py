@@ -42,6 +42,7 @@ def _msr(bench: GuestBench) -> Batch:
 
 def _step(bench: GuestBench) -> Batch:
     bench.start("empty", _FOREVER)
+    bench.costs = ("clock",)  # one instruction is no round of the loop
     bench.cpu.set_guest_debug(single_step=True)
     try:
         return entries(bench)
@@ -52,6 +53,7 @@ def _step(bench: GuestBench) -> Batch:
 def _failure(bench: GuestBench) -> Batch:
     """Instructions cannot be fetched from where there is no RAM, and no KVM emulates those."""
     bench.start("empty", 0)
+    bench.costs = ("clock",)
     registers, special = bench.cpu.get_regs(), bench.cpu.get_sregs()
     registers.rip = bench.address
     if bench.case.mode == "real":
