@@ -379,6 +379,9 @@ def test_the_interval_of_one_batch_is_flagged_and_that_of_few_holds_the_median()
     assert not any("one batch" in flag for flag in fake().flags)
     low, high = fake((8000, 8100, 9900)).interval()
     assert low < fake((8000, 8100, 9900)).median < high
+    ends = fake((8000, 8100, 9900, 20_000))
+    assert ends.interval()[0] >= ends.samples.min()
+    assert fake((8000, 80_000)).interval()[0] == 0
     narrow = stats.bootstrap_median([one.samples for one in fake((8000, 8100, 9900)).batches])
     assert high - low > narrow[1] - narrow[0]
 
@@ -419,6 +422,16 @@ def test_the_summary_is_right() -> None:
     assert summary["mad"] == 250
     assert summary["cycles"] == 1001
     assert Measurement(Case("x"), (), "hangs here", "no end").summary() == {}
+
+
+def test_how_a_measurement_looks_names_backend_units_and_flags() -> None:
+    one = Measurement(Case("x"), fake((8000,), 100).batches, backend="kvm_amd, nested")
+    assert "under kvm_amd, nested; one batch" in repr(one)
+    html = one._repr_html_()
+    assert "under kvm_amd, nested; one batch" in html
+    assert "<th>count</th><td>100</td><td>samples</td>" in html
+    assert f"<th>p50</th><td>{one.median:,.2f}</td><td>ns</td>" in html
+    assert f"<th>p99</th><td>{one.quantile(0.99):,.2f}?</td>" in html
 
 
 def test_a_notebook_sees_no_markup_of_others() -> None:
@@ -475,10 +488,15 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_csv_has_a_line_for_each_case() -> None:
     absent = Measurement(Case("halt", "c", "ring3"), (), "not available here", "because")
-    rows = list(csv.DictReader(io.StringIO(to_csv([fake(), absent]))))
+    rows = list(csv.DictReader(io.StringIO(to_csv([fake(), absent], environment()))))
     assert [row["operation"] for row in rows] == ["pio-out", "halt"]
-    assert float(rows[0]["p50"]) == pytest.approx(fake().median)
-    assert rows[1]["p50"] == ""
+    assert float(rows[0]["p50_ns"]) == pytest.approx(fake().median)
+    assert float(rows[0]["low_ns"]) == fake().interval()[0]
+    assert (rows[0]["p99_ns"], rows[0]["p99.9_ns"]) == ("", "")  # of 800 samples
+    assert rows[0]["flags"] == "; ".join(fake().flags) != ""
+    assert rows[0]["kernel"] == environment()["kernel"]
+    assert rows[0]["backend"] in ("kvm_intel", "kvm_amd", "kvm_pvm", "unknown")
+    assert rows[1]["p50_ns"] == ""
 
 
 # The command --------------------------------------------------------------------------------

@@ -18,6 +18,15 @@ FEW_SAMPLES: Final = 1000
 ENOUGH_BEYOND: Final = 10
 """As many samples are to lie beyond a quantile for it to be given without a question mark."""
 
+# The units in a summary; what is not here is in ns.
+_UNITS: Final = {
+    "count": "samples",
+    "per_sample": "operations",
+    "cycles": "TSC cycles",
+    "spread": "of the median",
+    "disturbed": "batches",
+}
+
 
 class Measurement:
     """A case and its batches; or the `status` and the `reason` why there are none."""
@@ -31,6 +40,7 @@ class Measurement:
         *,
         tsc_hz: float | None = None,
         wanted: int | None = None,
+        backend: str = "",
     ) -> None:
         self.case, self.status, self.reason = case, status, reason
         self.all_batches = list(batches)
@@ -38,6 +48,8 @@ class Measurement:
         self.batches = quiet_ones(self.all_batches, (one.disturbed for one in self.all_batches))
         """Those that the statistics are of: the quiet ones (see `reference.quiet_ones`)."""
         self.tsc_hz = tsc_hz
+        self.backend = backend
+        """The KVM that it was measured under, and whether nested; "" where none is known."""
         self.wanted = len(self.all_batches) if wanted is None else wanted
         """How many batches were asked for: there are fewer where the run was interrupted."""
 
@@ -57,6 +69,10 @@ class Measurement:
     def beyond(self, p: float) -> int:
         """How many samples lie beyond the quantile `p`: of fewer than 10 it says little."""
         return round(len(self.samples) * (1 - p))
+
+    def unsure(self) -> list[str]:
+        """The names of those quantiles of the summary that have too few samples beyond them."""
+        return [f"p{100 * p:g}" for p in QUANTILES if self.beyond(p) < ENOUGH_BEYOND]
 
     @property
     def disturbed(self) -> int:
@@ -164,15 +180,27 @@ class Measurement:
             f"{last}{len(self.samples)} samples"
         )
 
+    def __repr__(self) -> str:
+        flags = "".join(f"; {flag}" for flag in self.flags)
+        return f"<Measurement {self}{self._under}{flags}>"
+
+    @property
+    def _under(self) -> str:
+        return f", under {self.backend}" if self.backend else ""
+
     def __rich__(self) -> str:
         return str(self).replace("[", r"\[")
 
     def _repr_html_(self) -> str:
+        unsure = self.unsure()
         rows = "".join(
-            f"<tr><th>{escape(name)}</th><td>{escape(_shown(value))}</td></tr>"
+            f"<tr><th>{escape(name)}</th><td>{escape(_shown(value))}{'?' * (name in unsure)}</td>"
+            f"<td>{_UNITS.get(name, 'ns')}</td></tr>"
             for name, value in self.summary().items()
+            if value is not None
         )
-        return f"<table><caption>{escape(str(self))}</caption>{rows}</table>"
+        words = "; ".join((f"{self}{self._under}", *self.flags))
+        return f"<table><caption>{escape(words)}</caption>{rows}</table>"
 
 
 def _shown(value: object) -> str:

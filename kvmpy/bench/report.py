@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Final
 
-from kvmpy.bench.measurement import ENOUGH_BEYOND, Measurement
+from kvmpy.bench.measurement import Measurement
 
 __all__ = ["table"]
 
@@ -20,7 +20,6 @@ _NUMBERS: Final = {
     "tsc": "tsc",
     "samples": "count",
 }
-_TAILS: Final = {"p99": 0.99, "p99.9": 0.999}
 
 
 def table(measurements: Sequence[Measurement], environment: dict[str, Any]) -> Any:
@@ -49,7 +48,7 @@ def table(measurements: Sequence[Measurement], environment: dict[str, Any]) -> A
             continue
         low, high = summary["interval"]
         names = [name for name in _NUMBERS.values() if name]
-        unsure = {name for name, p in _TAILS.items() if one.beyond(p) < ENOUGH_BEYOND}
+        unsure = one.unsure()
         made.add_row(
             *case,
             _number(summary["p50"]),

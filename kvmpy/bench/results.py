@@ -24,10 +24,19 @@ __all__ = ["SCHEMA", "VERSION", "document", "load", "save", "to_csv"]
 NAME: Final = "kvmpy-bench"
 VERSION: Final = 1
 SCHEMA: Final = Path(__file__).with_name("schema.json")
-_COLUMNS: Final = (
-    *("count", "min", "p50", "p90", "p99", "p99.9", "max", "mad", "cycles", "spread", "disturbed"),
-    *("clock", "loop", "guest", "tsc"),
-)
+_CASE: Final = ("operation", "level", "mode", "status", "reason")
+_HOST: Final = ("backend", "nested", "cpu", "kernel", "kvmpy", "date")
+_COLUMNS: Final = {
+    "count": "count",
+    "per_sample": "per_sample",
+    **{f"{name}_ns": name for name in ("min", "p50", "low", "high", "p90", "p99", "p99.9", "max")},
+    "mad_ns": "mad",
+    "tsc_cycles": "cycles",
+    "spread": "spread",
+    "disturbed": "disturbed",
+    **{f"{name}_ns": name for name in ("clock", "loop", "guest", "tsc")},
+}
+"""The columns of a CSV, with their units, and what of the summary is in them."""
 
 
 def document(
@@ -139,16 +148,28 @@ def _is_measurement(one: Any) -> bool:
         return False
 
 
-def to_csv(measurements: Sequence[Measurement]) -> str:
-    """One line for each case; times in ns."""
+def to_csv(measurements: Sequence[Measurement], environment: dict[str, Any]) -> str:
+    """One line for each case, and in each where it was measured and what to beware of.
+
+    A quantile with too few samples beyond it is left out (see `measurement.ENOUGH_BEYOND`).
+    """
     file = io.StringIO()
     writer = csv.writer(file)
-    writer.writerow(("operation", "level", "mode", "status", "reason", *_COLUMNS, "low", "high"))
+    writer.writerow((*_CASE, *_HOST, *_COLUMNS, "flags"))
+    host = {**environment, "kvmpy": environment["versions"]["kvmpy"]}
     for one in measurements:
         summary = one.summary()
-        low, high = summary.get("interval", ("", ""))
-        values = (summary.get(name, "") for name in _COLUMNS)
+        if summary:
+            summary["low"], summary["high"] = summary["interval"]
+        for name in one.unsure():
+            summary.pop(name, None)
         case = one.case
-        first = (case.operation, case.level, case.mode, one.status, one.reason)
-        writer.writerow((*first, *values, low, high))
+        writer.writerow(
+            (
+                *(case.operation, case.level, case.mode, one.status, one.reason),
+                *(host[name] for name in _HOST),
+                *(summary.get(name, "") for name in _COLUMNS.values()),
+                "; ".join(one.flags),
+            )
+        )
     return file.getvalue()

@@ -16,6 +16,7 @@ from kvmpy.bench.model import Batch, Case, Unmeasured
 from kvmpy.bench.reference import baseline, disturbed
 from kvmpy.bench.worker import frames, unpack
 from kvmpy.errors import ConfigError, HostError
+from kvmpy.kvm import backend, nested
 
 __all__ = ["groups", "measure_cases", "pinning"]
 
@@ -145,14 +146,17 @@ class _Taken:
         """What there is, in the order of the cases."""
         self.disturbed()
         made = []
+        under = backend() + ", nested" * nested()
         for case, found in self._found.items():
             if case in self._absent:
                 why = self._absent[case]
-                made.append(Measurement(case, (), why.status, why.reason))
+                made.append(Measurement(case, (), why.status, why.reason, backend=under))
             elif found:
                 for batch in found:
                     batch.disturbed = disturbed(batch, self._quiet)
-                made.append(Measurement(case, found, tsc_hz=tsc_hz, wanted=self._batches))
+                made.append(
+                    Measurement(case, found, tsc_hz=tsc_hz, wanted=self._batches, backend=under)
+                )
         return made
 
 

@@ -19,6 +19,7 @@ __all__ = [
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 _BLOCKS = 20
 _RESAMPLES = 2000
+_SURELY_WITHIN = 4  # batches, of which the median is within what they have: it costs no coverage
 _FEW = 10  # of fewer batches the bootstrap knows too little: it covers 84 to 94% instead of 95%
 
 
@@ -47,7 +48,7 @@ def median_interval(batches: Sequence[Floats], confidence: float = 0.95) -> tupl
     It is `bootstrap_median`'s, widened by sqrt(n / (n - 1)), since resampled batches differ by so
     much less than new ones would. With fewer than 10 batches it also holds Student's interval of
     the mean of the batches' medians. That of one batch is within it only: what other processes
-    would give it cannot know.
+    would give it cannot know. That of 4 and more is within the range of the samples.
     """
     low, high = bootstrap_median(batches, confidence)
     count = len(batches)
@@ -61,7 +62,9 @@ def median_interval(batches: Sequence[Floats], confidence: float = 0.95) -> tupl
         half = _student(count - 1, (1 + confidence) / 2) * float(np.std(medians, ddof=1))
         half /= sqrt(count)
         low, high = min(low, mean - half), max(high, mean + half)
-    return low, high
+    if count >= _SURELY_WITHIN:
+        return max(low, min(map(np.min, batches))), min(high, max(map(np.max, batches)))
+    return max(low, 0.0), high  # no latency is negative
 
 
 def _student(freedom: int, p: float) -> float:

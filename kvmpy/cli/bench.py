@@ -103,7 +103,7 @@ def bench(
         result = document(measured, facts, command, raw=raw, missing=missing)
         save(json_path, json.dumps(result, indent=1) + "\n")
     if csv_path is not None:
-        save(csv_path, to_csv(measured))
+        save(csv_path, to_csv(measured, facts))
     if plot_path is not None:
         plot(measured, facts, plot_path)
     whole = sum(one.complete for one in measured)
