@@ -30,11 +30,11 @@ from kvmpy.bench import (
     measure,
     stats,
 )
-from kvmpy.bench.catalogue import OPERATIONS
+from kvmpy.bench.catalogue import OPERATIONS, left_out
 from kvmpy.bench.exits import STRING
 from kvmpy.bench.model import Unmeasured
 from kvmpy.bench.report import table
-from kvmpy.bench.results import SCHEMA, document, load, save, to_csv
+from kvmpy.bench.results import SCHEMA, check_writable, document, load, save, to_csv
 from kvmpy.bench.runner import GROUP, groups, measure_cases, pinning
 from kvmpy.bench.takes import BLOCK, BLOCK_SHARE
 from kvmpy.bench.worker import pack, unpack
@@ -232,6 +232,34 @@ def test_bad_numbers_are_refused() -> None:
         measure_cases([CASES[0]], 0, 1)
     with pytest.raises(ConfigError, match="3 samples in 5 batches"):
         measure("pio-out", samples=3)
+    for wrong, named in (({"batches": 0}, "0 batches"), ({"samples": "a"}, "'a' samples")):
+        with pytest.raises(ConfigError, match=named):
+            measure("pio-out", **wrong)  # type: ignore[arg-type]
+
+
+def test_what_has_no_samples_says_why_it_has_no_median() -> None:
+    absent = Measurement(Case("halt", "c", "ring3"), (), "not available here", "HLT is for ring 0")
+    for ask in (lambda: absent.median, absent.interval, lambda: absent.quantile(0.9)):
+        with pytest.raises(ConfigError, match=r"halt/c/ring3: not available here: HLT is for"):
+            ask()
+    assert absent.flags == []
+
+
+def test_named_operations_that_a_plan_leaves_out_are_named() -> None:
+    names = ["vm-create", "pio-out"]
+    assert left_out(names, cases(names, ["c"])) == ["vm-create (levels -; modes -)"]
+    assert left_out(names, cases(names)) == []
+
+
+def test_what_cannot_be_written_is_found_before_it_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("earlier")
+    check_writable(tmp_path / "a.json")
+    check_writable(tmp_path / "b.json")
+    check_writable(Path("/dev/null"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    for wrong in (tmp_path, tmp_path / "none" / "a", Path("/proc/x.csv")):
+        with pytest.raises(ConfigError, match="cannot write"):
+            check_writable(wrong)
 
 
 def test_batches_are_taken_in_random_order_and_ctrl_c_keeps_what_there_is(

@@ -296,6 +296,14 @@ def test_a_spoilt_result_is_one_line(files: tuple[Path, Path], spoil: Any, named
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_where_the_comparison_cannot_be_written_nothing_is_compared(
+    files: tuple[Path, Path],
+) -> None:
+    done = run(*files, "--json", "/nonexistent/c.json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "/nonexistent/c.json" in done.stderr
+
+
 def test_a_missing_result_or_argument_is_one_line(tmp_path: Path) -> None:
     for arguments in ((tmp_path / "no.json", tmp_path / "no.json"), (tmp_path / "no.json",)):
         done = run(*arguments)

@@ -11,7 +11,7 @@ from kvmpy.bench.catalogue import OPERATIONS, cases
 from kvmpy.bench.environment import environment
 from kvmpy.bench.measurement import Measurement
 from kvmpy.bench.model import Batch, Case, Conditions, Operation, Unmeasured
-from kvmpy.bench.runner import measure_cases
+from kvmpy.bench.runner import measure_cases, refuse_bad_numbers
 from kvmpy.errors import ConfigError
 
 __all__ = [
@@ -39,10 +39,12 @@ def measure(
     """Measure one case: `samples` in all, in `batches` processes of their own.
 
     Without `level` it is "c", and without `mode` "long", or else the first that the operation
-    has. Raises ConfigError for a name, level or mode that is none, or that the operation lacks.
+    has. Raises ConfigError for a name, level or mode that is none, or that the operation lacks,
+    and for numbers that are none.
     """
     found = cases([operation], [level] if level else (), [mode] if mode else ())
     case = min(found, key=lambda one: (one.level != "c", one.mode != "long"))
+    refuse_bad_numbers(samples, batches)
     if samples < batches:
         raise ConfigError(f"{samples} samples in {batches} batches: give at least one for each")
     tsc_hz = environment()["tsc_hz"]

@@ -8,7 +8,7 @@ from kvmpy.bench import around, exits, hostside, inward, kernel, seen, touch
 from kvmpy.bench.model import LEVELS, MODES, Case, Operation
 from kvmpy.errors import ConfigError
 
-__all__ = ["OPERATIONS", "cases"]
+__all__ = ["OPERATIONS", "cases", "left_out"]
 
 OPERATIONS: Final[dict[str, Operation]] = {
     row.name: row
@@ -46,3 +46,14 @@ def cases(
     if not found:
         raise ConfigError("no operation has such a level and mode: see `kvmpy bench --list`")
     return found
+
+
+def left_out(names: Iterable[str], plan: Iterable[Case]) -> list[str]:
+    """Those of the names of which the plan has no case, each with what it has instead."""
+    planned = {case.operation for case in plan}
+    return [
+        f"{name} (levels {', '.join(OPERATIONS[name].levels)}; "
+        f"modes {', '.join(OPERATIONS[name].modes)})"
+        for name in dict.fromkeys(names)
+        if name not in planned
+    ]

@@ -10,6 +10,7 @@ import numpy as np
 from kvmpy.bench.model import Batch, Case, Floats
 from kvmpy.bench.reference import quiet_ones
 from kvmpy.bench.stats import QUANTILES, mad, median_interval, relative_spread
+from kvmpy.errors import ConfigError
 
 __all__ = ["ENOUGH_BEYOND", "Measurement"]
 
@@ -80,7 +81,8 @@ class Measurement:
         return sum(batch.disturbed for batch in self.all_batches)
 
     def quantile(self, p: float) -> float:
-        """The quantile `p` (0 to 1) of all samples, in ns."""
+        """The quantile `p` (0 to 1) of all samples, in ns; ConfigError where there are none."""
+        self._need_samples()
         return float(np.quantile(self.samples, p))
 
     @property
@@ -90,7 +92,12 @@ class Measurement:
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """An interval of the median, in ns (see `stats.median_interval`)."""
+        self._need_samples()
         return median_interval([batch.samples for batch in self.batches], confidence)
+
+    def _need_samples(self) -> None:
+        if not self.batches:
+            raise ConfigError(f"there are no samples of {self.case}: {self.status}: {self.reason}")
 
     @property
     def spread(self) -> float:

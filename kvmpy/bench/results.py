@@ -19,7 +19,7 @@ from kvmpy.bench.model import Case
 from kvmpy.bench.stats import block_medians
 from kvmpy.errors import ConfigError
 
-__all__ = ["SCHEMA", "VERSION", "document", "load", "save", "to_csv"]
+__all__ = ["SCHEMA", "VERSION", "check_writable", "document", "load", "save", "to_csv"]
 
 NAME: Final = "kvmpy-bench"
 VERSION: Final = 1
@@ -91,6 +91,20 @@ def _measurement(one: Measurement, raw: bool) -> dict[str, Any]:
             row["guest"] = batch.guest.tolist()
         facts["batches"].append(row)
     return facts
+
+
+def check_writable(path: Path) -> None:
+    """Raise ConfigError, before measuring, for what `save` could not write after it."""
+    if path.is_dir():
+        raise ConfigError(f"cannot write {path}: it is a directory")
+    if path.exists() and not path.is_file():
+        if not os.access(path, os.W_OK):
+            raise ConfigError(f"cannot write {path}: permission denied")
+        return
+    try:  # nothing else tells: a file system may have no room for files of anybody's
+        tempfile.NamedTemporaryFile("w", dir=path.parent).close()
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
 
 
 def save(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from kvmpy.bench.worker import frames, unpack
 from kvmpy.errors import ConfigError, HostError
 from kvmpy.kvm import backend, nested
 
-__all__ = ["groups", "measure_cases", "pinning"]
+__all__ = ["groups", "measure_cases", "pinning", "refuse_bad_numbers"]
 
 WARMUP: Final = 100
 DEADLINE: Final = 20.0
@@ -34,6 +34,13 @@ def pinning() -> tuple[int | None, int | None]:
     """
     allowed = sorted(os.sched_getaffinity(0))
     return (allowed[-1], allowed[0]) if len(allowed) > 1 else (None, None)
+
+
+def refuse_bad_numbers(samples: object, batches: object) -> None:
+    """Raise ConfigError for numbers of samples or batches that are none."""
+    for what, number in (("samples", samples), ("batches", batches)):
+        if not isinstance(number, int) or number < 1:
+            raise ConfigError(f"{number!r} {what}: give a whole number, at least 1")
 
 
 def groups(cases: Sequence[Case], batches: int, seed: int, size: int = GROUP) -> list[list[Case]]:
@@ -71,8 +78,7 @@ def measure_cases(
     after so many `seconds`. `progress` is called with the number of batches done and that of
     all. Raises HostError where measuring itself fails.
     """
-    if samples < 1 or batches < 1:
-        raise ConfigError(f"{samples} samples in {batches} batches: give at least 1 of each")
+    refuse_bad_numbers(samples, batches)
     cases = list(dict.fromkeys(cases))
     taken = _Taken(cases, samples, batches, progress)
     until = monotonic() + seconds

@@ -1,14 +1,18 @@
 """`kvmpy bench`: exit latencies, with what it takes to judge them."""
 
 import json
-import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from kvmpy.cli.benchwords import BenchCommand, need_numpy, wide_console
-from kvmpy.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvmpy.bench import Case, Measurement
 
 __all__ = ["bench"]
 
@@ -46,15 +50,16 @@ def bench(
 ) -> int:
     """Measure what exits cost: all operations, or those that are named.
 
-    Each batch runs in a process of its own, in random order. benchmarks/README.md says what
-    each number includes.
+    Batches are taken in random order, those of a case in processes of their own.
+    benchmarks/README.md says what each number includes.
     """
     need_numpy()
     from rich.console import Console
     from rich.progress import Progress
 
     from kvmpy.bench import cases, environment, measure_cases
-    from kvmpy.bench.plot import check_suffix, plot
+    from kvmpy.bench.catalogue import left_out
+    from kvmpy.bench.plot import plot
     from kvmpy.bench.report import table
     from kvmpy.bench.results import document, save, to_csv
     from kvmpy.bench.runner import pinning
@@ -68,11 +73,9 @@ def bench(
     plan = cases(operations, levels, modes)
     if quick and not modes:
         plan = [case for case in plan if case.mode in ("long", "-")]
-    for path in (json_path, csv_path, plot_path):
-        if path is not None:
-            _check_writable(path)
-    if plot_path is not None:
-        check_suffix(plot_path)
+    for name in left_out(operations, plan):
+        click.echo(f"not measured, since it has no such level or mode: {name}", err=True)
+    _check_outputs(json_path, csv_path, plot_path)
     KVM().close()  # whatever is wrong with it is one message, not one for each case
     count, batches, seconds = QUICK if quick else FULL
     facts = environment()
@@ -106,22 +109,29 @@ def bench(
         save(csv_path, to_csv(measured, facts))
     if plot_path is not None:
         plot(measured, facts, plot_path)
+    return _end(measured, plan)
+
+
+def _end(measured: "Sequence[Measurement]", plan: "Sequence[Case]") -> int:
+    """The exit status; and what an interrupted run lacks, in a line."""
     whole = sum(one.complete for one in measured)
-    if whole < len(plan):
-        begun = f"{len(measured) - whole} more in part" if len(measured) > whole else "no other"
-        click.echo(f"interrupted: {whole} of {len(plan)} cases whole, {begun}", err=True)
-        return 130
-    return 0
+    if whole == len(plan):
+        return 0
+    begun = f"{len(measured) - whole} more in part" if len(measured) > whole else "no other"
+    click.echo(f"interrupted: {whole} of {len(plan)} cases whole, {begun}", err=True)
+    return 130
 
 
-def _check_writable(path: Path) -> None:
+def _check_outputs(json_path: Path | None, csv_path: Path | None, plot_path: Path | None) -> None:
     """Refuse before measuring what could not be written after it."""
-    if not path.parent.is_dir():
-        raise ConfigError(f"cannot write {path}: no such directory")
-    if path.is_dir():
-        raise ConfigError(f"cannot write {path}: it is a directory")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"cannot write {path}: permission denied")
+    from kvmpy.bench.plot import check_suffix
+    from kvmpy.bench.results import check_writable
+
+    for path in (json_path, csv_path, plot_path):
+        if path is not None:
+            check_writable(path)
+    if plot_path is not None:
+        check_suffix(plot_path)
 
 
 def _list() -> None:

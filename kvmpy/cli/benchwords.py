@@ -71,10 +71,12 @@ def compare(
     need_numpy()
     from kvmpy.bench.compare import compare as compared
     from kvmpy.bench.compare import reference_change, refuse_unlike
-    from kvmpy.bench.results import load, save
+    from kvmpy.bench.results import check_writable, load, save
     from kvmpy.bench.told import cut_short, document, gone, limits, untold
     from kvmpy.bench.versus import table
 
+    if json_path is not None:
+        check_writable(json_path)
     documents = load(first), load(second)
     if not across:
         refuse_unlike(*documents)
