@@ -19,6 +19,7 @@ from kvmpy.bench.model import Batch, Case, Conditions, Unmeasured
 from kvmpy.bench.plot import check_suffix, plot, ticks
 from kvmpy.bench.runner import pinning
 from kvmpy.bench.waterfall import PARTS, waterfalls
+from kvmpy.bench.waterfall import table as waterfall_table
 from kvmpy.calls import Call, close, ioctl, write
 from kvmpy.errors import HostError
 from kvmpy.kvm import KVM
@@ -66,6 +67,13 @@ def test_a_waterfall_adds_up_to_the_slowest_level() -> None:
     assert bar.startswith("g")
     assert bar.endswith("d")
     assert set(bar) <= set(PARTS.values())
+
+
+def test_the_caption_of_a_waterfall_says_what_its_parts_are_not() -> None:
+    for levels, has_kernel in ((LEVELS, True), (LEVELS[1:], False)):
+        caption = waterfall_table(waterfalls(levels)).caption
+        assert "without an interval" in caption
+        assert ("a 64th of an exit to user space" in caption) is has_kernel
 
 
 def test_without_a_twin_in_the_kernel_the_way_is_one_part() -> None:

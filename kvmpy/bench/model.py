@@ -1,7 +1,7 @@
 """The words of the instrument: what is measured, and what one measurement is made of.
 
-A *case* is an operation at a level from a mode. It is measured in *batches*, no two of
-them in one process; a batch is an array of *samples*, nanoseconds per operation, with everything that is
+A *case* is an operation at a level from a mode. It is measured in *batches*, no two of them in
+one process; a batch is an array of *samples*, nanoseconds per operation, with everything that is
 needed to judge them. numpy is imported here and in the rooms beside it, never by `kvmpy` itself.
 """
 

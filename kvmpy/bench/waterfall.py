@@ -89,8 +89,9 @@ def table(falls: Sequence[Waterfall]) -> Any:
     names = [name for name in PARTS if any(name in fall.parts for fall in falls)]
     made = Table(
         title="Where it goes: ns of an exit that a Python device serves",
-        caption="differences of medians, which have no interval here; guest to KVM contains a 64th of "
-        "an exit to user space; " + ", ".join(f"{PARTS[name]} {name}" for name in names),
+        caption="differences of medians, without an interval; "
+        + "guest to KVM contains a 64th of an exit to user space; " * ("guest to KVM" in names)
+        + ", ".join(f"{PARTS[name]} {name}" for name in names),
     )
     for column in ("operation", "mode"):
         made.add_column(column, no_wrap=True)
