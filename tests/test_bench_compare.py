@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kvmpy import ConfigError
-from kvmpy.bench.compare import LEVEL, compare, reference_change, refuse_unlike
+from kvmpy.bench.compare import LEVEL, _interval, compare, reference_change, refuse_unlike
 from kvmpy.bench.model import Case
 from kvmpy.bench.ranks import batches_needed, effective_size, holm, rank_test
 from kvmpy.bench.results import NAME, VERSION, load
@@ -108,6 +108,15 @@ def test_faster_and_slower_are_told_apart_with_the_ratio_and_its_interval() -> N
     assert rows[3].interval[1] - rows[3].interval[0] < 0.2
     assert rows[3].samples == (BATCHES * COUNT, BATCHES * COUNT)
     assert BATCHES <= rows[3].effective[0] < BATCHES * COUNT
+
+
+@pytest.mark.parametrize("count", [3, 5, 12])
+def test_the_interval_of_a_ratio_covers_it_as_often_as_it_says(count: int) -> None:
+    random, covered = np.random.default_rng(5), 0
+    for _ in range(100):
+        low, high = _interval(*(random.normal(8000, 80, count) for _ in range(2)))
+        covered += low <= 1 <= high
+    assert covered >= 92
 
 
 def test_too_few_batches_are_said_to_be_too_few() -> None:

@@ -123,12 +123,17 @@ def _effective(side: _Side) -> float:
 
 
 def _interval(before: Floats, after: Floats) -> tuple[float, float]:
-    """A bootstrap interval of the ratio, batches drawn with replacement."""
+    """A bootstrap interval of the ratio, batches drawn with replacement.
+
+    Each side's medians are drawn apart by sqrt(n / (n - 1)), as in `stats.median_interval`.
+    """
     random = np.random.default_rng(1)
-    drawn = [
-        np.median(side[random.integers(len(side), size=(_RESAMPLES, len(side)))], axis=1)
-        for side in (before, after)
-    ]
+    drawn = []
+    for side in (before, after):
+        count, middle = len(side), np.median(side)
+        medians = np.median(side[random.integers(count, size=(_RESAMPLES, count))], axis=1)
+        apart = (medians / middle) ** np.sqrt(count / max(1, count - 1))  # stays positive
+        drawn.append(middle * apart)
     low, high = np.quantile(drawn[1] / drawn[0], (0.025, 0.975))
     return float(low), float(high)
 
