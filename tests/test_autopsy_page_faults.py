@@ -57,3 +57,38 @@ def test_a_fault_is_about_the_first_byte(low: int) -> None:
         machine.load(assemble(f"mov rax, {wanted:#x}; mov rax, [rax]; hlt", at=0x1000))
         found = machine.autopsy(machine.run(timeout=2.0))
         assert found.faults[0].address == wanted
+
+
+SMALL_MAP = """
+        mov     qword ptr [0x10000], 0x11003
+        mov     qword ptr [0x11000], 0x12003
+        mov     qword ptr [0x12000], 0x83       # the first 2 MiB, and nothing else
+        mov     esp, 0x20000
+        mov     eax, 0x10000
+        mov     cr3, rax
+"""
+BACK = "lea rax, [rip + x]; push rax; "
+
+
+@pytest.mark.usefixtures("kvm_host")
+@pytest.mark.parametrize(
+    ("source", "selector"),
+    [
+        ("mov eax, 0x10; mov ds, eax; hlt", 0x10),
+        ("mov eax, 0x20; ltr ax; hlt", 0x20),
+        ("push 8; " + BACK + "lretq; x: hlt", 8),
+        ("push 0x10; push 0x9000; push 2; push 8; " + BACK + "iretq; x: hlt", 8),
+        ("jmp far [y]; y: .long 0x2000; .word 8", 8),
+    ],
+)
+def test_a_descriptor_without_a_page_is_a_page_fault(source: str, selector: int) -> None:
+    with Machine("16M") as machine:
+        machine.load(assemble(SMALL_MAP + source, at=0x1000))
+        result = machine.run(timeout=2.0)
+        found = machine.autopsy(result)
+        gdt = machine.layout.gdt
+        assert gdt is not None
+        first = found.faults[0]
+        assert (found.cause, first.vector, first.error_code) == ("page-not-present", 14, 0)
+        assert first.address == gdt + selector
+        assert f"reading descriptor {selector:#x} in the GDT at {gdt + selector:#x}" in first.why

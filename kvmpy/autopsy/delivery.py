@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 from kvmpy.autopsy.fault import DOUBLE_FAULT, GP, NP, PF, SS, TS, Fault
 from kvmpy.autopsy.memory import page_fault
 from kvmpy.autopsy.scene import Scene
+from kvmpy.autopsy.selectors import check_descriptor
 from kvmpy.views.descriptors import look_up
 from kvmpy.views.formats import canonical_bits, is_canonical
 from kvmpy.views.gates import Gate, gate_at
@@ -113,15 +114,10 @@ def _table_fault(scene: Scene, vector: int, name: str, error: int) -> Fault | No
 
 def _descriptor_fault(scene: Scene, gate: Gate, name: str) -> Fault | None:
     """What reading the handler's descriptor raises, where the table is in no page."""
-    start, table = gate.selector & ~7, scene.special.gdt
-    looked_up = "segment" in gate.problem and not gate.selector & 4
-    if not looked_up or start + 7 > table.limit:
+    if "segment" not in gate.problem:
         return None
-    walk = scene.walk(table.base + start, "read", cpl=0)
-    if walk.allowed:
-        return None
-    what = f"reading the descriptor that the gate of {name} names, in the GDT at {walk.linear:#x}"
-    return page_fault(scene, walk, what, stack=False)
+    what = f"reading the descriptor that the gate of {name} names,"
+    return check_descriptor(scene, gate.selector, what=what)
 
 
 def _gate_fault(gate: Gate, name: str, error: int) -> Fault:

@@ -4,26 +4,52 @@ Sources: SDM Vol.2 (MOV, JMP, CALL, RET, IRET, LTR, LLDT: exceptions), Vol.3 5.5
 """
 
 from kvmpy.autopsy.fault import GP, NP, SS, Fault, selector_error
+from kvmpy.autopsy.memory import page_fault
 from kvmpy.autopsy.scene import Scene
 from kvmpy.views.descriptors import Descriptor, look_up
 from kvmpy.views.formats import canonical_bits, is_canonical
 from kvmpy.x86.segments import Segment
 
-__all__ = ["check_code", "check_data", "check_stack", "check_system"]
+__all__ = ["check_code", "check_data", "check_descriptor", "check_stack", "check_system"]
 
 _BUSY, _AVAILABLE, _LDT = (3, 11), (1, 9), 2
 _CALL_GATES = (4, 12)
 
 
+def check_descriptor(
+    scene: Scene, selector: int, *, size: int = 8, what: str = ""
+) -> Fault | None:
+    """The #PF that reading a descriptor raises; nothing where it is beyond its table's limit.
+
+    The processor reads it as a supervisor, whatever the ring (SDM Vol.3 4.6.1).
+    """
+    local, start = bool(selector & 4), selector & ~7
+    table = scene.special.ldt if local else scene.special.gdt
+    absent = local and (scene.special.ldt.unusable or not scene.special.ldt.present)
+    if absent or start + size - 1 > table.limit:
+        return None
+    name, address = "LDT" if local else "GDT", table.base + start
+    for linear in (address, address + size - 1):  # the first byte first: CR2 has its address
+        walk = scene.walk(linear, "read", cpl=0)
+        if not walk.allowed:
+            words = what or f"reading descriptor {start:#x}"
+            return page_fault(scene, walk, f"{words} in the {name} at {address:#x}", stack=False)
+    return None
+
+
 def _found(scene: Scene, selector: int, what: str) -> Descriptor | Fault:
-    """The descriptor, or the #GP that looking it up raises."""
+    """The descriptor, or the #PF or #GP that looking it up raises."""
+    unmapped = check_descriptor(scene, selector)
+    if unmapped is not None:
+        return unmapped
     found = look_up(scene.read, scene.special, selector)
     error = selector_error(selector)
     if found.kind in ("none", "cut off"):
         table = "ldt-limit" if selector & 4 else "gdt-limit"
         why = f"{what} selector {selector:#x}: {found.problem}"
         if found.kind == "cut off" and not found.raw:
-            base = scene.special.gdt.base + (selector & ~7)
+            base = (scene.special.ldt if selector & 4 else scene.special.gdt).base
+            base += selector & ~7
             why = f"{what} selector {selector:#x}: its descriptor at {base:#x} is not in RAM"
         return Fault(table, why, GP, error)
     return found
@@ -142,6 +168,9 @@ def check_system(scene: Scene, selector: int, register: str) -> Fault | None:
     if not segment.present:
         why = f"{what} selector {selector:#x}, whose descriptor is not present (P = 0)"
         return Fault("not-present-segment", why, NP, error)
+    upper = check_descriptor(scene, selector, size=16) if scene.mode.long else None
+    if upper is not None:
+        return upper
     if scene.mode.long and len(found.raw) < 16:
         return Fault("gdt-limit", f"{what} selector {selector:#x}: {found.problem}", GP, error)
     if not is_canonical(segment.base, canonical_bits(scene.special)):

@@ -1,6 +1,8 @@
 """Far jumps and calls, far returns, IRET, INT n: what they raise before they go anywhere."""
 
-from kvmpy.autopsy.fault import GP, Fault
+from collections.abc import Sequence
+
+from kvmpy.autopsy.fault import GP, PF, Fault
 from kvmpy.autopsy.instruction import Instruction
 from kvmpy.autopsy.scene import Scene
 from kvmpy.autopsy.selectors import check_code, check_stack
@@ -47,15 +49,16 @@ def _return(scene: Scene, instruction: Instruction) -> Fault | None:
     rip, cs = scene.stack_slot(0, size), scene.stack_slot(1, size)
     if rip is None or cs is None:
         return None
-    return _frame(scene, rip, cs, "RETF pops RIP, then CS")
+    return _frame(scene, (rip, cs), "RETF pops RIP, then CS")
 
 
-def _frame(scene: Scene, rip: int, cs: int, layout: str) -> Fault | None:
-    cs &= 0xFFFF
+def _frame(scene: Scene, words: Sequence[int], layout: str) -> Fault | None:
+    rip, cs = words[0], words[1] & 0xFFFF
     fault = check_code(scene, cs, rip, "the frame has the", back=True)
-    if fault is None or fault.cause in ("not-present-segment", "non-canonical", "wrong-ring"):
+    own = ("not-present-segment", "non-canonical", "wrong-ring")
+    if fault is None or fault.vector == PF or fault.cause in own:
         return fault
-    note = f"{layout}; the frame is {rip:#x}, {cs:#x}"
+    note = f"{layout}; the frame is {', '.join(f'{word:#x}' for word in words)}"
     swapped = look_up(scene.read, scene.special, rip & 0xFFFF).segment
     if rip < 0x10000 and rip & ~3 and swapped is not None and swapped.s and swapped.type & 8:
         note += f" ({rip:#x} would be a code selector: the two are swapped)"
@@ -71,7 +74,10 @@ def _interrupt_return(scene: Scene, instruction: Instruction) -> Fault | None:
         return None
     if scene.registers.rflags & RFLAGS.NT:
         return Fault("nested-task", "IRET with RFLAGS.NT set: long mode has no tasks", GP, 0)
-    fault = _frame(scene, rip, cs, "IRET pops RIP, CS, RFLAGS, RSP, SS")
+    whole = scene.mode.bits == 64 or cs & 3 != scene.cpl  # else it pops no stack
+    words = [scene.stack_slot(number, size) for number in range(5 if whole else 3)]
+    known = [word for word in words if word is not None]
+    fault = _frame(scene, known, "IRET pops RIP, CS, RFLAGS, RSP, SS")
     if fault is not None:
         return fault
     code = look_up(scene.read, scene.special, cs & 0xFFFF).segment
@@ -82,4 +88,6 @@ def _interrupt_return(scene: Scene, instruction: Instruction) -> Fault | None:
     if ss is None:
         return None
     fault = check_stack(scene, ss & 0xFFFF, ring, "the frame has the", bits=64 if long_code else 32)
-    return fault and fault.because("bad-stack-segment")
+    if fault is None or fault.vector == PF:
+        return fault
+    return fault.because("bad-stack-segment")
