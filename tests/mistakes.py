@@ -226,9 +226,25 @@ MISTAKES = (
         "stack-in-page-tables",
         14,
         "mov rax, 0x9003; mov [0x8000], rax; mov rax, 0xa003; mov [0x9000], rax; "
-        "mov qword ptr [0xa000], 0x83; mov rax, 0x8000; mov cr3, rax; mov rsp, 0xb000; "
+        "mov qword ptr [0xa000], 0xb003; mov edi, 0xb000; mov eax, 3; mov ecx, 16; "
+        "y: mov [rdi], rax; add rdi, 8; add eax, 0x1000; dec ecx; jnz y; "
+        "mov eax, 0x8000; mov cr3, rax; mov esp, 0xc000; "
         "mov rcx, rax; xor eax, eax; x: push rax; mov cr3, rcx; jmp x",
     ),
+    # kvmpy's own tables begin where the stack that it gives ends: nothing was pushed into them.
+    Mistake(
+        "pml4-cleared",
+        "page-not-present",
+        14,
+        "mov rax, cr3; mov qword ptr [rax], 0; mov cr3, rax; hlt",
+    ),
+    Mistake(
+        "wild-rbp", "page-not-present", 14, "mov rbp, 0xffff900000000000; mov rax, [rbp+16]; hlt"
+    ),
+    Mistake("wild-index", "page-not-present", 14, "mov rax, 0x900000000; mov rbx, [rsp+rax]; hlt"),
+    Mistake("rsp-operand", "stack-unmapped", 14, "mov rsp, 0x8000000000; mov rax, [rsp+8]; hlt"),
+    Mistake("wild-rbp-ss", "non-canonical", 12, "mov rbp, 0x800000000000; mov rax, [rbp]; hlt"),
+    Mistake("cmpxchg16b", "unaligned", 13, "mov edx, 0x5008; cmpxchg16b [rdx]; hlt"),
     Mistake("divide", "divide-error", 0, "xor ecx, ecx; div ecx; hlt"),
     Mistake("emulator", "emulator-lacks", None, "addps xmm0, xmm1; hlt"),
     Mistake("nowhere", "no-ram", None, "mov rax, 0xc0000000; jmp rax"),

@@ -74,7 +74,10 @@ def test_a_mistake_is_called_by_its_name(mistake: Mistake) -> None:
         assert bytes(machine.memory.read(0, 16 << 20)) == memory
 
 
-OWN_TABLES = ("idt", "gate", "stack-in", "no-rsp0", "lme-with", "wrong-code", "zeros", "fell-off")
+OWN_TABLES = (
+    *("idt", "gate", "stack-in", "no-rsp0", "lme-with", "wrong-code", "zeros", "fell-off"),
+    "pml4-cleared",
+)
 AGREEING = [
     one
     for one in MISTAKES

@@ -162,9 +162,9 @@ CODE: Final[dict[str, Cause]] = {
         "SDM Vol.3 2.5, 10.2",
     ),
     "unaligned": Cause(
-        "an SSE operand that is not aligned",
-        "align it to its size, or use MOVUPS",
-        "SDM Vol.2 2.4",
+        "an operand that is not aligned",
+        "align it to its size; SSE also has MOVUPS",
+        "SDM Vol.2 2.4, CMPXCHG16B",
     ),
     "executing-zeros": Cause(
         "the guest executes memory of zeros",

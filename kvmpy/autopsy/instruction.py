@@ -222,7 +222,7 @@ class Instruction:
             linear = self.scene.stack_address(offset)
             word = "pops from" if access == "read" else "pushes to"
             yield Touch(linear, size, access, "ss", self.scene.registers.rsp + offset,
-                        f"{self.mnemonic} {word} {linear:#x}")  # fmt: skip
+                        f"{self.mnemonic} {word} {linear:#x}", implicit=True)  # fmt: skip
 
     @property
     def stack_bytes(self) -> int:

@@ -25,7 +25,11 @@ _REFUSALS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Touch:
-    """One access to memory: `segment` is what it goes through, `what` says it in words."""
+    """One access to memory: `segment` is what it goes through, `what` says it in words.
+
+    `implicit` says that the instruction uses the stack by itself, as PUSH and RET do: an operand
+    with RBP or RSP in its address goes through SS as well, and may be anything.
+    """
 
     linear: int
     size: int
@@ -33,6 +37,7 @@ class Touch:
     segment: str
     offset: int
     what: str
+    implicit: bool = False
 
 
 def check_touch(scene: Scene, touch: Touch) -> Fault | None:
@@ -44,8 +49,15 @@ def check_touch(scene: Scene, touch: Touch) -> Fault | None:
     for linear in (touch.linear, last):  # the first byte first: CR2 has its address
         walk = scene.walk(linear, touch.access)
         if not walk.allowed:
-            return page_fault(scene, walk, touch.what, stack=touch.segment == "ss")
+            return page_fault(scene, walk, touch.what, stack=_is_stack(scene, touch))
     return None
+
+
+def _is_stack(scene: Scene, touch: Touch) -> bool:
+    """Whether it is the stack that is wrong, not an operand that happens to go through SS."""
+    if touch.implicit or touch.segment != "ss":
+        return touch.implicit
+    return not scene.walk(scene.stack_address(0), "read").allowed
 
 
 def _check_segment(scene: Scene, touch: Touch) -> Fault | None:
@@ -159,7 +171,5 @@ def _stack_is_in_tables(scene: Scene, walk: PageWalk) -> bool:
     table = last.address & -_PAGE
     if not table <= top <= last.address + 8 or top >= table + _PAGE:
         return False
-    # An empty stack that starts just below the tables points at their first entry, which is sound.
-    first = int.from_bytes(scene.read(top, 8) or b"", "little")
-    sound = first & 1 and scene.read(first & 0xF_FFFF_FFFF_F000, 8) is not None
-    return not (top == table and sound)
+    # An empty stack just below the tables points at their first entry: nothing was pushed there.
+    return top != table

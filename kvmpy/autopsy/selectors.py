@@ -16,9 +16,7 @@ _BUSY, _AVAILABLE, _LDT = (3, 11), (1, 9), 2
 _CALL_GATES = (4, 12)
 
 
-def check_descriptor(
-    scene: Scene, selector: int, *, size: int = 8, what: str = ""
-) -> Fault | None:
+def check_descriptor(scene: Scene, selector: int, *, size: int = 8, what: str = "") -> Fault | None:
     """The #PF that reading a descriptor raises; nothing where it is beyond its table's limit.
 
     The processor reads it as a supervisor, whatever the ring (SDM Vol.3 4.6.1).

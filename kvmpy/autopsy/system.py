@@ -101,8 +101,13 @@ def check_instruction(scene: Scene, instruction: Instruction) -> Fault | None:
 
 
 def needs_alignment(instruction: Instruction) -> bool:
-    """Whether operands of 16 bytes must be aligned: SSE's, but for a few (SDM Vol.2 2.4)."""
+    """Whether operands of 16 bytes must be aligned: SSE's, but for a few (SDM Vol.2 2.4).
+
+    That of CMPXCHG16B must be as well (SDM Vol.2 CMPXCHG16B).
+    """
     groups, name = instruction.groups, instruction.mnemonic
+    if name == "cmpxchg16b":
+        return True
     if any(group.startswith("avx") for group in groups) or not groups & _SSE:
         return False
     wide = any(operand.size == 16 for operand in instruction.memory_operands)
