@@ -3,7 +3,12 @@
 import pytest
 
 from kvmpy import Machine, assemble
+from kvmpy.autopsy.doubt import contradiction
+from kvmpy.autopsy.fault import GP, PF, Fault
+from kvmpy.autopsy.scene import Scene
+from kvmpy.modes import build, entry_state
 from kvmpy.x86.paging import PAGE_2M
+from kvmpy.x86.state import SpecialRegisters
 
 GUEST = """
         lidt    [rip + idt_register]
@@ -92,3 +97,32 @@ def test_a_descriptor_without_a_page_is_a_page_fault(source: str, selector: int)
         assert (found.cause, first.vector, first.error_code) == ("page-not-present", 14, 0)
         assert first.address == gdt + selector
         assert f"reading descriptor {selector:#x} in the GDT at {gdt + selector:#x}" in first.why
+
+
+@pytest.mark.parametrize(
+    ("cr2", "fault", "words"),
+    [
+        (1 << 40, Fault("page-not-present", "", PF, 0, 1 << 40), ""),
+        ((1 << 40) + 8, Fault("page-not-present", "", PF, 0, (1 << 40) + 7), ""),
+        (2 << 40, Fault("page-not-present", "", PF, 0, 1 << 40), "not 0x10000000000"),
+        (0, Fault("bad-frame", "", GP, 0), ""),
+        (1 << 40, Fault("bad-frame", "", GP, 0), ""),  # of a page fault before
+        ((1 << 41) + 8, Fault("gdt-limit", "", GP, 8), "in the GDT"),
+        ((1 << 42) + 7, Fault("unaligned", "", GP, 0), "in an operand"),
+        ((1 << 42) + 8, Fault("unaligned", "", GP, 0), ""),
+    ],
+)
+def test_what_cr2_says_against_it(cr2: int, fault: Fault, words: str) -> None:
+    layout = build("long", 0, 1 << 20)
+    ram = bytearray(1 << 20)
+    ram[layout.base :] = layout.data
+    ram[0x1000:0x1003] = assemble("mov rax, [rbx]")
+    registers, special = entry_state(layout, 0x1000, SpecialRegisters())
+    registers.rbx, special.cr2, special.gdt.base = 1 << 42, cr2, 1 << 41
+
+    def read(address: int, length: int) -> bytes | None:
+        return bytes(ram[address : address + length]) if address + length <= len(ram) else None
+
+    found = contradiction(Scene(registers, special, read), [fault])
+    assert words in found
+    assert bool(words) is bool(found)

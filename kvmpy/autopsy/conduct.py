@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from kvmpy.autopsy.autopsy import Autopsy
+from kvmpy.autopsy.doubt import contradiction
 from kvmpy.autopsy.entry import broken_rules
 from kvmpy.autopsy.examine import Finding, explain_exception, explain_gap, explain_shutdown
 from kvmpy.autopsy.fault import Fault
@@ -42,7 +43,7 @@ def conduct(
     finding = Finding("unknown", (), _INIT, False) if reset else _find(
         scene, outcome, exit_, exception
     )  # fmt: skip
-    notes = list(finding.notes)
+    dead, notes = scene, list(finding.notes)
     seen: Replay | None = None
     arrival = finding.cause in _ARRIVALS or finding.instruction.startswith("no code")
     needed = not finding.settled or arrival
@@ -59,6 +60,9 @@ def conduct(
         notes += again.notes
         if reset:
             notes.append(f"{_INIT}; this is that of a copy, before its last instruction")
+    known = outcome in ("shutdown", "exception") and not reset
+    doubt = contradiction(dead, finding.faults) if known else ""
+    notes += [doubt] if doubt else []
     return Autopsy(
         cause=finding.cause,
         outcome=outcome,
@@ -68,7 +72,7 @@ def conduct(
         last=(*last, *(seen.last if seen is not None else ())),
         notes=tuple(dict.fromkeys(notes)),
         replayed=seen is not None and seen.scene is not None,
-        certain=finding.settled,
+        certain=finding.settled and not doubt,
     )
 
 
