@@ -274,6 +274,15 @@ def test_without_a_result_the_last_exit_counts() -> None:
         assert machine.autopsy(cpu=7).failure
 
 
+def test_an_instruction_that_was_refused() -> None:
+    found = conduct.conduct(scene_at(b"\x90"), "shutdown", Shutdown(), None)
+    text = str(found)
+    assert found.cause == "unknown"
+    assert not found.certain
+    assert "(likely)" not in text
+    assert "refused the instruction itself" in text
+
+
 @with_kvm
 def test_an_end_that_is_no_crash() -> None:
     with Machine("1M") as machine:

@@ -74,7 +74,7 @@ class Autopsy(Shown):
 
     def grids(self) -> tuple[Grid, ...]:
         """The explanation as a table, and the advice below it."""
-        sure = "" if self.certain else " (likely)"
+        sure = "" if self.certain or self.cause == "unknown" else " (likely)"
         title = f"autopsy: {self.cause}{sure}: {self.summary}"
         if self.failure:
             return (Grid(title, notes=(self.failure,)),)

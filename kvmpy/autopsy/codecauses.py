@@ -161,6 +161,16 @@ CODE: Final[dict[str, Cause]] = {
         "clear CR0.EM and CR0.TS (CLTS)",
         "SDM Vol.3 2.5, 10.2",
     ),
+    "not-enabled": Cause(
+        "an instruction that was not enabled",
+        "set the bit that is named, if CPUID has the feature",
+        "SDM Vol.2 XSETBV, XGETBV, SYSCALL, SYSRET",
+    ),
+    "bad-counter": Cause(
+        "a performance counter that the processor does not have",
+        "ask CPUID leaf 0xa how many there are; a virtual processor may have none",
+        "SDM Vol.2 RDPMC, CPUID",
+    ),
     "unaligned": Cause(
         "an operand that is not aligned",
         "align it to its size; SSE also has MOVUPS",
@@ -194,8 +204,8 @@ CODE: Final[dict[str, Cause]] = {
     ),
     "unknown": Cause(
         "what the state does not tell",
-        "take a snapshot before the run, so that its end can be replayed",
-        "docs/autopsy.md",
+        "look at what came before; if the instruction was refused, at its #UD and #GP conditions",
+        "SDM Vol.2 (the instruction's exceptions), docs/autopsy.md",
     ),
 }
 """Those of code and of the host, by key."""

@@ -55,9 +55,12 @@ def check_move(scene: Scene, instruction: Instruction) -> Fault | None:
         return check_segment(scene, target, instruction.value(1, 2))
     if {target, instruction.register_operand(1)} & _NO_REGISTERS:
         return Fault("invalid-opcode", f"{instruction.text}: there is no such register", UD)
-    if not target.startswith("cr"):
+    if not target.startswith(("cr", "dr")):
         return None
     value = instruction.value(1) or 0
+    if target in ("dr6", "dr7") and value >> 32:
+        why = f"{target.upper()} = {value:#x}: bits 63 to 32 are reserved"
+        return Fault("reserved-control-bit", why, GP, 0)
     if target == "cr0":
         return _cr0(scene, value)
     if target == "cr4":

@@ -18,6 +18,10 @@ from kvmpy.x86.flags import CR0, RFLAGS
 
 __all__ = ["Finding", "explain_exception", "explain_gap", "explain_shutdown", "first_fault"]
 
+_REFUSED: Final = (
+    "neither its operands nor the units that it needs are at fault: the processor, or the host's "
+    "KVM, has refused the instruction itself; its #UD and #GP conditions are in SDM Vol.2"
+)
 _INTERRUPT: Final = 0x20  # where most guests' hardware interrupts begin
 
 
@@ -112,7 +116,7 @@ def _interrupted(scene: Scene, text: str) -> Finding:
     event = Fault("trap", why, _INTERRUPT, deliberate=True)
     faults, shuts_down = chain(scene, event)
     if not shuts_down or not scene.registers.rflags & RFLAGS.IF:
-        return Finding("unknown", (), text, False)
+        return Finding("unknown", (), text, False, (_REFUSED,) if shuts_down else ())
     faults = (replace(event, vector=None), *faults[1:])
     return Finding(faults[1].cause, faults, text, False)
 
@@ -128,6 +132,9 @@ def _unseen(scene: Scene, instruction: Instruction | None) -> Fault | None:
         word = f"of {value:#x} to" if name == "wrmsr" else "of"
         why = f"{name} {word} MSR {index:#x}, which the host's KVM refuses"
         return Fault("bad-msr", why, GP, 0)
+    if name == "rdpmc":
+        why = f"rdpmc of counter {scene.register('ecx'):#x}, which the host's KVM refuses"
+        return Fault("bad-counter", why, GP, 0)
     target = instruction.register_operand(0)
     if name != "mov" or not target.startswith("cr"):
         return None

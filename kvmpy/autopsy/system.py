@@ -12,7 +12,7 @@ from kvmpy.autopsy.scene import Scene
 from kvmpy.autopsy.selectors import check_system
 from kvmpy.views.formats import canonical_bits, is_canonical
 from kvmpy.views.taskstate import tss_view
-from kvmpy.x86.flags import CR0, CR4, RFLAGS
+from kvmpy.x86.flags import CR0, CR4, EFER, RFLAGS
 
 __all__ = ["check_instruction"]
 
@@ -80,7 +80,7 @@ def check_instruction(scene: Scene, instruction: Instruction) -> Fault | None:
                      deliberate=True)  # fmt: skip
     if name in ("ud0", "ud1", "ud2"):
         return Fault("trap", f"{name} raises it on purpose", UD, deliberate=True)
-    fault = _privilege(scene, instruction) or _units(scene, instruction)
+    fault = _enabled(scene, name) or _privilege(scene, instruction) or _units(scene, instruction)
     if fault is not None:
         return fault
     if name == "mov" and instruction.operands:
@@ -112,6 +112,15 @@ def needs_alignment(instruction: Instruction) -> bool:
         return False
     wide = any(operand.size == 16 for operand in instruction.memory_operands)
     return wide and not name.startswith(_UNALIGNED)
+
+
+def _enabled(scene: Scene, name: str) -> Fault | None:
+    """What is no instruction until a bit is set, in every ring (SDM Vol.2 XSETBV, SYSCALL)."""
+    if name in ("xsetbv", "xgetbv") and not scene.special.cr4 & CR4.OSXSAVE:
+        return Fault("not-enabled", f"{name} with CR4.OSXSAVE (bit 18) clear", UD)
+    if name in ("syscall", "sysret", "sysretq") and not scene.special.efer & EFER.SCE:
+        return Fault("not-enabled", f"{name} with EFER.SCE (bit 0) clear", UD)
+    return None
 
 
 def _privilege(scene: Scene, instruction: Instruction) -> Fault | None:
