@@ -108,6 +108,14 @@ MISTAKES = (
         + "lidt [idtr]; ud2; idtr: .word 0xfff; .quad 0x8000"
         + HANDLER,
     ),
+    Mistake(
+        "gate-ist",
+        "no-ist",
+        6,
+        GATES.replace("0x8e00", "0x8e03")
+        + "lidt [idtr]; ud2; idtr: .word 0xfff; .quad 0x8000"
+        + HANDLER,
+    ),
     Mistake("no-stack", "no-stack", 14, "xor esp, esp; push rax; hlt"),
     Mistake("no-stack-call", "no-stack", 14, "xor esp, esp; call x; x: hlt"),
     Mistake("stack-unmapped", "stack-unmapped", 14, "mov rsp, 0x8000000000; push rax; hlt"),
@@ -182,6 +190,13 @@ MISTAKES = (
     Mistake("non-canonical-rsp", "non-canonical", 12, "mov rsp, 0x800000001000; push rax; hlt"),
     Mistake(
         "non-canonical-data", "non-canonical", 13, "mov rax, 0x800000000000; mov rbx, [rax]; hlt"
+    ),
+    Mistake("ret-smashed", "bad-return", 13, "mov rax, 0x4141414141414141; push rax; ret"),
+    Mistake(
+        "fs-base",
+        "non-canonical",
+        13,
+        "mov ecx, 0xc0000100; xor eax, eax; mov edx, 0x8000; wrmsr; hlt",
     ),
     Mistake("far-null", "null-selector", 13, "jmp far [x]; x: .long 0x2000; .word 0"),
     Mistake("far-data", "not-code", 13, "jmp far [x]; x: .long 0x2000; .word 0x10"),

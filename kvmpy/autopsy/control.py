@@ -142,5 +142,5 @@ def check_msr(scene: Scene, name: str) -> Fault | None:
             word = "sets" if value & EFER.LME else "clears"
             return Fault("lme-with-paging", f"wrmsr {word} EFER.LME while CR0.PG is set", GP, 0)
     elif index in _BASES and not is_canonical(value, canonical_bits(scene.special)):
-        return Fault("bad-msr", f"{_BASES[index]} = {value:#x} is not canonical", GP, 0)
+        return Fault("non-canonical", f"{_BASES[index]} = {value:#x} is not canonical", GP, 0)
     return None

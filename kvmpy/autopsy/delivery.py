@@ -154,8 +154,10 @@ def _stack_fault(
         walk = scene.walk(at, "write", cpl=ring)
         if not walk.allowed:
             problem = page_fault(scene, walk, what, stack=True)
-            if inward and top == 0:
+            if inward and top == 0 and not gate.ist:
                 problem = problem.because("no-rsp0", f"the TSS's RSP{ring} is 0")
+            elif gate.ist and top == 0:
+                problem = problem.because("no-ist", f"the TSS's IST{gate.ist} is 0")
             return problem
     return None
 

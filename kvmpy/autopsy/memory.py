@@ -68,7 +68,10 @@ def _check_segment(scene: Scene, touch: Touch) -> Fault | None:
         end = touch.linear + touch.size - 1 & (1 << 64) - 1
         if is_canonical(touch.linear, bits) and is_canonical(end, bits):
             return None
-        why = f"{touch.what}, which is not canonical: bits 63 to {bits - 1} are not all equal"
+        what = f"{touch.what}, which is"
+        if is_canonical(touch.linear, bits):
+            what = f"{touch.what}, whose last byte, at {end:#x}, is"
+        why = f"{what} not canonical: bits 63 to {bits - 1} are not all equal"
         return Fault("non-canonical", why, vector, 0, touch.linear)
     segment = scene.segment(touch.segment)
     name = touch.segment.upper()

@@ -75,8 +75,15 @@ MEMORY: Final[dict[str, Cause]] = {
     # Addresses
     "non-canonical": Cause(
         "an address that is not canonical",
-        "bits 63 to 47 must be equal (63 to 56 with five levels): sign-extend the address",
+        "bits 63 to 47 must be equal (63 to 56 with five levels): correct the address, or "
+        "sign-extend it",
         "SDM Vol.1 3.3.7.1",
+    ),
+    "bad-return": Cause(
+        "a return to an address that is not canonical",
+        "look at what has written to that slot of the stack, such as a copy beyond the end of a "
+        "buffer below it, or a push without its pop",
+        "SDM Vol.2 RET, Vol.1 6.4.1",
     ),
     "segment-limit": Cause(
         "an offset beyond the segment's limit",
@@ -127,6 +134,12 @@ MEMORY: Final[dict[str, Cause]] = {
         "no TSS to take the handler's stack from",
         "load TR (LTR) with a TSS's descriptor",
         "SDM Vol.3 6.14.4, 8.7",
+    ),
+    "no-ist": Cause(
+        "a gate with a stack of the IST that was never set",
+        "write the end of a stack to the TSS, ISTn at offset 0x1c + 8 * n, or clear the gate's IST "
+        "field",
+        "SDM Vol.3 6.14.5, 8.7",
     ),
     "no-rsp0": Cause(
         "a TSS whose RSP0 was never set",

@@ -30,7 +30,11 @@ def check_transfer(scene: Scene, instruction: Instruction) -> Fault | None:
     bits = canonical_bits(scene.special)
     if target is None or scene.mode.bits != 64 or is_canonical(target & (1 << 64) - 1, bits):
         return None
-    return Fault("non-canonical", f"{name} goes to {target:#x}, which is not canonical", GP, 0)
+    why = f"{name} goes to {target:#x}, which is not canonical"
+    if name != "ret":
+        return Fault("non-canonical", why, GP, 0)
+    slot = f"it is what the stack has at {scene.stack_address(0):#x}"
+    return Fault("bad-return", f"{why}: {slot}", GP, 0)
 
 
 def _far(scene: Scene, instruction: Instruction) -> Fault | None:
