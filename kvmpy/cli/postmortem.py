@@ -12,7 +12,7 @@ from kvmpy.snapshot import Snapshot
 from kvmpy.x86.registers import REGISTER_NAMES
 from kvmpy.x86.state import SpecialRegisters
 
-__all__ = ["autopsy", "disassemble", "postmortem"]
+__all__ = ["disassemble", "postmortem"]
 
 if TYPE_CHECKING:
     from kvmpy.autopsy import Autopsy
@@ -28,14 +28,21 @@ _HINTS: Final = {
     "exception": "look at the instruction above; `kvmpy asm` shows addresses beside the source",
 }
 
+_NO_RAM: Final = "where there is no RAM"
 _NOWHERE: Final = (
     "the guest jumped to where there is no RAM: look at the last jump, call or return, and at "
     "the stack it returns by"
 )
 
 
-def postmortem(machine: Machine, result: Result) -> None:
-    """Write it to standard error."""
+def postmortem(
+    machine: Machine, result: Result, start: Image | Snapshot | None = None
+) -> "Autopsy | None":
+    """Write it to standard error, and with `start` an autopsy: the run began there.
+
+    None where there is no autopsy, also because the outcome says it all. What to try is written
+    where no autopsy says it better.
+    """
     exception = result.exception
     text = [f"kvmpy: {result.outcome}: {OUTCOMES[result.outcome]}"]
     if result.detail:
@@ -57,17 +64,14 @@ def postmortem(machine: Machine, result: Result) -> None:
     rip = result.registers.rip if exception is None else exception.rip
     code = result.exit.instruction if isinstance(result.exit, InternalError) else b""
     text += [f"  {line}" for line in disassemble(machine, special, rip, code)]
-    hint = _NOWHERE if text[-1].endswith("no memory") else _HINTS[result.outcome]
-    text.append(f"  try: {hint}")
+    hint = _NOWHERE if text[-1].endswith(_NO_RAM) else _HINTS[result.outcome]
+    found = None
+    if start is not None and result.outcome != "unclaimed":
+        found = machine.autopsy(result, start=start)
+    if found is None or found.failure or found.cause == "unknown":
+        text.append(f"  try: {hint}")
+    text += [f"  {line}" for line in str(found).splitlines()] if found is not None else []
     _write("\n".join(text))
-
-
-def autopsy(machine: Machine, result: Result, start: Image | Snapshot) -> "Autopsy | None":
-    """Write why the guest died to standard error; None where the outcome says it all."""
-    if result.outcome == "unclaimed":
-        return None
-    found = machine.autopsy(result, start=start)
-    _write("\n".join(f"  {line}" for line in str(found).splitlines()))
     return found
 
 
@@ -90,13 +94,24 @@ def disassemble(
 
     code = code or _read_code(machine, special.cs.base + rip)
     if not code:
-        return [f"rip {rip:#x} is an address with no memory"]
+        return [f"rip {rip:#x} {_without_code(machine, special.cs.base + rip)}"]
     mode = CS_MODE_64 if special.cs.l else CS_MODE_32 if special.cs.db else CS_MODE_16
     lines = [
         f"{one.address:#x}: {one.bytes.hex(' '):<24} {one.mnemonic} {one.op_str}".rstrip()
         for one in Cs(CS_ARCH_X86, mode).disasm(code, rip, count)
     ]
     return lines or [f"{rip:#x}: {code.hex(' ')}  (no instruction)"]
+
+
+def _without_code(machine: Machine, linear: int) -> str:
+    """Why there is none to read at a linear address."""
+    try:
+        physical = machine.cpus[0].translate(linear).physical
+    except KvmpyError:
+        physical = None
+    if physical is None:
+        return "is not mapped: its page tables have no page there"
+    return f"is at physical {physical:#x}, {_NO_RAM}"
 
 
 def _read_code(machine: Machine, linear: int) -> bytes:

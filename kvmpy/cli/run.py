@@ -9,7 +9,7 @@ import click
 from kvmpy.boot.image import Image, load_image
 from kvmpy.cli import HOST_FAILED, INTERRUPTED, complain
 from kvmpy.cli.options import ADDRESS, SIZE
-from kvmpy.cli.postmortem import autopsy, postmortem
+from kvmpy.cli.postmortem import postmortem
 from kvmpy.cli.report import Report
 from kvmpy.cli.stdio import input_file, read_input, write_output
 from kvmpy.devices import exit_status
@@ -187,9 +187,7 @@ def run_machine(
     for line in result.unclaimed:
         complain(f"no device claims {line}")
     if result.crashed:
-        postmortem(machine, result)
-        if start is not None:
-            report.autopsy = autopsy(machine, result, start)
+        report.autopsy = postmortem(machine, result, start)
     elif status in (TIMED_OUT, HOST_FAILED) and result.outcome != "debug-exit":
         complain(str(result))
     return report.finished(machine, result, status)
