@@ -40,9 +40,14 @@ def contradiction(scene: Scene, faults: Sequence[Fault]) -> str:
 def _used(scene: Scene, address: int) -> str:
     """What the instruction, or the delivery of its exception, uses at that address."""
     special = scene.special
-    tables = {"GDT": special.gdt, "IDT": special.idt, "LDT": special.ldt, "TSS": special.tr}
-    for name, table in tables.items():
-        if table.base <= address <= table.base + table.limit:
+    tables = (
+        ("GDT", special.gdt.base, special.gdt.limit),
+        ("IDT", special.idt.base, special.idt.limit),
+        ("LDT", special.ldt.base, special.ldt.limit),
+        ("TSS", special.tr.base, special.tr.limit),
+    )
+    for name, base, limit in tables:
+        if base <= address <= base + limit:
             return f"the {name}"
     instruction = decode(scene)
     for touch in instruction.touches() if instruction is not None else ():
