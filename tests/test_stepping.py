@@ -165,6 +165,16 @@ def test_a_device_ends_it():
     assert last.outcome == "unclaimed" and "0x55" in last.detail
 
 
+@pytest.mark.parametrize("first", ["mov ss, ax", "swapgs"])
+def test_no_instruction_goes_unseen(first):
+    steps = steps_of(f"mov eax, 0x10; {first}; mov ecx, 7; nop; jmp x; nop; x: hlt")
+    seen = "; ".join(f"{one.text}; {one.note}" for one in steps)
+    assert seen.count("mov ecx, 7") == 1
+    late = [one for one in steps if one.note]
+    assert all(one.note == "the host held the trap: this step also took mov ecx, 7" for one in late)
+    assert len(steps) + len(late) == 6
+
+
 def test_until_an_address_or_a_symbol():
     with machine_of("nop; nop; loop: inc eax; jmp loop") as machine:
         assert len(list(machine.trace_instructions(until="loop", timeout=20))) == 2

@@ -9,6 +9,7 @@ say before and after:
 - Ring 3 is stepped where `probe("single-step-ring3")` says that it can be. Elsewhere ring-3 code
   runs natively up to its next exit, which is one step that says so. What it leads to without an
   exit, such as a system call's handler, is not seen.
+- The trap may come an instruction late, as after MOV SS: the step's note has what it took then.
 - An exception is taken within the step of the instruction that raises it, and the first instruction
   of its handler may be in the same step.
 """
@@ -38,6 +39,7 @@ from kvmpy.running import Running
 from kvmpy.serve import serve_one
 from kvmpy.stepping.changes import changes
 from kvmpy.stepping.exceptions import returns_to_ring3, taken
+from kvmpy.stepping.late import held_back
 from kvmpy.stepping.operands import operands, stack_operand, values, with_values
 from kvmpy.stepping.step import MemoryValue, Step
 from kvmpy.stepping.transitions import transitions
@@ -172,7 +174,7 @@ class _Stepper:
             value=self.value,
             note=f"{_NATIVE} ({self._why()})"
             if native
-            else self._note(before, after, mnemonic, len(data)),
+            else self._note(before, after, instruction, len(data)),
             native=native,
         )
         return step, after
@@ -184,12 +186,13 @@ class _Stepper:
         pushed = any(access == "write" for _, _, access in found)
         return with_values(found, [None for _ in found] if pushed else there, there)
 
-    def _decode(self, moment: _Moment) -> tuple[Any, bytes]:
+    def _decode(self, moment: _Moment, further: int = 0) -> tuple[Any, bytes]:
+        """The instruction at RIP, or so many bytes `further`, and its bytes."""
         mode = moment.mode
         if mode not in self.decoders:
             self.decoders[mode] = decoder(mode, detail=True)
-        code = read_linear(self.read, moment.special, moment.linear, LONGEST)
-        one = next(self.decoders[mode].disasm(code, moment.registers.rip, 1), None)
+        code = read_linear(self.read, moment.special, moment.linear + further, LONGEST)
+        one = next(self.decoders[mode].disasm(code, moment.registers.rip + further, 1), None)
         return one, b"" if one is None else bytes(one.bytes)
 
     def _rest(self) -> float | None:
@@ -250,8 +253,9 @@ class _Stepper:
             case _:
                 self.outcome = type(last).__name__
 
-    def _note(self, before: _Moment, after: _Moment, mnemonic: str, size: int) -> str:
+    def _note(self, before: _Moment, after: _Moment, instruction: Any, size: int) -> str:
         start, now = before.registers.rip, after.registers.rip
+        mnemonic = instruction.mnemonic if instruction else ""
         if mnemonic == "hlt" and not self.outcome:
             return "HLT was stepped over: run, the vCPU would wait here for an interrupt"
         if self.outcome or now in (start, start + size):
@@ -261,7 +265,9 @@ class _Stepper:
         if unseen and returns_to_ring3(self.read, mnemonic, before.registers, before.special):
             unseen_text = f"ring 3 ran in this step, for it cannot be stepped here ({self._why()})"
             note = f"{unseen_text}; {note}" if note else unseen_text
-        return note
+        if note or before.special.cs != after.special.cs:
+            return note
+        return held_back(instruction, lambda rip: self._decode(before, rip - start)[0], now)
 
     def _steps_ring3(self) -> bool:
         return probe(_RING3).answer == "yes"
