@@ -150,6 +150,22 @@ def test_diff(image, tmp_path) -> None:
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
 
 
+def test_diff_says_what_is_not_there(image, tmp_path) -> None:
+    whole, cut, lossy = (tmp_path / f"{name}.jsonl" for name in ("whole", "cut", "lossy"))
+    kvmpy("trace", image(say(b"kvm") + HLT), "--out", whole)
+    text = whole.read_text()
+    lossy.write_text(text.replace('"dropped": 0', '"dropped": 5'))
+    done = kvmpy("trace", "diff", whole, lossy)
+    assert (done.returncode, done.stdout) == (0, b"the same exits, of those that are there\n")
+    assert done.stderr.startswith(f"kvmpy: {lossy} lacks 5 records".encode())
+    cut.write_text(text[: text.index("<- 'v'")])
+    done = kvmpy("trace", "diff", whole, cut)
+    assert done.returncode == 1 and b"one of them ends" in done.stdout
+    assert done.stderr == f"kvmpy: {cut} was cut off after 1 records\n".encode()
+    done = kvmpy("trace", "diff", whole, "/dev/zero")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
 def test_a_guest_of_a_verbs_name_needs_a_path(image, tmp_path) -> None:
     image(say(b"!") + HLT, "diff")
     assert kvmpy("trace", "./diff", cwd=tmp_path).stdout == b"!"

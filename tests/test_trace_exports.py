@@ -96,6 +96,39 @@ def test_a_trace_that_was_cut_off_is_read_up_to_there(tmp_path: Path) -> None:
     assert list(jsonl.read(path)) == [record(0)]
 
 
+@pytest.mark.parametrize("kept", [1, 40, -1])
+def test_a_trace_that_was_cut_off_in_a_line_is_read_up_to_the_line_before(
+    tmp_path: Path, kept: int
+) -> None:
+    path = tmp_path / "trace.jsonl"
+    head, first, second, end = jsonl.lines([record(0), record(1)], 7)
+    file = jsonl.TraceFile(path)
+    path.write_text("\n".join([head, first, second[:kept]]))
+    assert list(file) == [record(0)]
+    assert (file.records, file.dropped, file.cut) == (1, 0, True)
+    path.write_text("\n".join([head, first, second[:kept], end]) + "\n")
+    with pytest.raises(ConfigError, match="line 3: no record"):  # not the last line
+        list(file)
+    path.write_text("\n".join([head, first, second, end]))
+    assert list(file) == [record(0), record(1)]
+    next(iter(file))  # a reading that does not come to the end changes nothing
+    assert (file.records, file.dropped, file.cut) == (2, 7, False)
+
+
+def test_what_has_no_lines_is_not_read_to_its_end(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="/dev/zero: it is not a regular file"):
+        list(jsonl.read(Path("/dev/zero")))
+    path = tmp_path / "trace.jsonl"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ConfigError, match="no trace"):
+        list(jsonl.read(path))
+    with path.open("r+b") as file:
+        file.write(jsonl.first_line().encode() + b"\n")
+    with pytest.raises(ConfigError, match="line 2: no record: it is longer than 64 KiB"):
+        list(jsonl.read(path))
+
+
 _GOOD = jsonl.as_line(record())
 
 
@@ -112,12 +145,19 @@ _GOOD = jsonl.as_line(record())
         ([jsonl.first_line(), _GOOD.replace('"kind": "port-out"', '"kind": 7')], "'kind' is 7"),
         ([jsonl.first_line(), _GOOD.replace('"cpu": 0', '"cpu": true')], "'cpu' is True"),
         ([jsonl.first_line(), _GOOD.replace('"cpu": 0', '"cpu": 1.5')], "'cpu' is 1.5"),
-        ([jsonl.first_line(), "[" * 100_000], "line 2"),
+        ([jsonl.first_line(), _GOOD.replace('"cpu": 0', '"cpu": -1')], "'cpu' is -1"),
+        ([jsonl.first_line(), _GOOD.replace('"rip": 4096', f'"rip": {1 << 64}')], "'rip' is 184"),
+        ([jsonl.first_line(), _GOOD.replace('"cpu"', '"x": 1, "cpu"')], "it has 'x'"),
+        ([jsonl.first_line(), '{"end": 1}'], "'end' is 1"),
+        ([jsonl.first_line(), '{"end": {"records": 0, "dropped": -1}}'], "'dropped' is -1"),
+        ([jsonl.first_line(), '{"end": {"records": 0}}'], "no 'dropped'"),
+        ([jsonl.first_line(), "[" * 60_000], "line 2: no record: it is nested"),
+        ([jsonl.first_line(), "[" * 100_000], "line 2: no record: it is longer"),
     ],
 )
 def test_what_is_no_trace_is_refused_with_the_line(tmp_path: Path, lines, named: str) -> None:
     path = tmp_path / "trace.jsonl"
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join([*lines, ""]))
     with pytest.raises(ConfigError, match=re.escape(named)):
         list(jsonl.read(path))
     path.write_bytes(b"\xff\xfe" + bytes(100))

@@ -6,6 +6,7 @@ from typing import Final
 
 import click
 
+from kvmpy.cli import complain
 from kvmpy.cli.live import Kept, Lines, Live, Output
 from kvmpy.cli.options import VerbsOfGuest
 from kvmpy.cli.report import Report
@@ -22,7 +23,7 @@ from kvmpy.cli.run import (
 from kvmpy.machine import Machine
 from kvmpy.trace.diff import Parting, parting
 from kvmpy.trace.exports import check_path
-from kvmpy.trace.jsonl import read
+from kvmpy.trace.jsonl import TraceFile
 from kvmpy.trace.record import Record
 from kvmpy.trace.text import line
 
@@ -99,9 +100,19 @@ def _output(out: Path | None) -> Output:
 @click.argument("other", type=_FILE, metavar="FILE.jsonl")
 def diff(one: Path, other: Path) -> int:
     """Show the first exit where two traces part. Exit status: 0 they are the same, 1 they part."""
-    found = parting(partial(read, one), partial(read, other))
+    files = (TraceFile(one), TraceFile(other))
+    found = parting(*(file.__iter__ for file in files))
+    for file in files:
+        if file.cut:
+            complain(f"{file.path} was cut off after {file.records} records")
+        if file.dropped:
+            complain(
+                f"{file.path} lacks {file.dropped} records, which were dropped: "
+                "only those that are there are compared"
+            )
     if found is None:
-        click.echo("the same exits")
+        whole = not any(file.cut or file.dropped for file in files)
+        click.echo("the same exits" + ("" if whole else ", of those that are there"))
         return 0
     click.echo("\n".join(_described(found, one, other)))
     return 1

@@ -1,17 +1,21 @@
 """Records as JSON lines: a line that says what it is, one for each record, one for the end."""
 
 import json
+import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from kvmpy.errors import ConfigError
 from kvmpy.kvm import backend
 from kvmpy.trace.record import Record
 
-__all__ = ["FORMAT", "as_line", "end_line", "first_line", "lines", "parse", "read"]
+__all__ = ["FORMAT", "TraceFile", "as_line", "end_line", "first_line", "lines", "parse", "read"]
 
 FORMAT: Final = 1
+LONGEST_LINE: Final = 64 << 10
+"""Bytes of the longest line that is read: a file that has no lines must not fill the memory."""
 _NAMES: Final = Record._fields
 _TYPES: Final[dict[str, tuple[type, ...]]] = {
     "kind": (str,),
@@ -49,8 +53,11 @@ def lines(records: Iterable[Record], dropped: int = 0) -> Iterator[str]:
     yield end_line(count, dropped)
 
 
-def parse(line: str) -> Record | None:
-    """The record of a line, None for the line at the end; ValueError says what is wrong."""
+def parse(line: str) -> Record | int:
+    """The record of a line, of the line at the end how many were dropped.
+
+    ValueError says what is wrong.
+    """
     try:
         found = json.loads(line)
     except RecursionError:
@@ -58,45 +65,97 @@ def parse(line: str) -> Record | None:
     if not isinstance(found, dict):
         raise ValueError("it is no object")
     if "end" in found:
-        return None
-    missing = [name for name in _NAMES if name not in found]
+        _check_names(found, ("end",))
+        if not isinstance(found["end"], dict):
+            raise ValueError(f"its 'end' is {found['end']!r:.40}")
+        end = _checked(found["end"], ("records", "dropped"))
+        return int(end["dropped"])
+    return Record(**_checked(found, _NAMES))
+
+
+def _checked(found: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    _check_names(found, names)
+    for name, value in found.items():
+        types = _TYPES.get(name, (int,))
+        good = isinstance(value, types) and (bool in types or not isinstance(value, bool))
+        if not good or (isinstance(value, int) and not 0 <= value < 1 << 64):
+            raise ValueError(f"its {name!r} is {value!r:.40}")
+    return found
+
+
+def _check_names(found: dict[str, Any], names: tuple[str, ...]) -> None:
+    missing = [name for name in names if name not in found]
     if missing:
         raise ValueError(f"it has no {missing[0]!r}")
-    values: dict[str, Any] = {name: found[name] for name in _NAMES}
-    for name, value in values.items():
-        types = _TYPES.get(name, (int,))
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise ValueError(f"its {name!r} is {value!r:.40}")
-    return Record(**values)
+    unknown = [name for name in found if name not in names]
+    if unknown:
+        raise ValueError(f"it has {unknown[0]!r:.40}, which kvmpy does not know")
 
 
 def read(path: Path) -> Iterator[Record]:
-    """The records of a file. ConfigError, with the line, for what is no trace."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            yield from _read(path, file)
-    except OSError as error:
-        raise ConfigError(f"cannot read the trace {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is no trace: it is no text") from None
+    """The records of a file, as `TraceFile` gives them."""
+    return iter(TraceFile(path))
 
 
-def _read(path: Path, file: Iterable[str]) -> Iterator[Record]:
-    rows = iter(file)
-    try:
-        head = json.loads(next(rows, ""))
-        known = isinstance(head, dict) and head.get("kvmpy-trace") == FORMAT
-    except (ValueError, RecursionError):
-        known = False
-    if not known:
-        raise ConfigError(
-            f"{path} is no trace of kvmpy's: `kvmpy trace --out FILE.jsonl` makes one"
-        )
-    for number, row in enumerate(rows, 2):
+class TraceFile:
+    """A file of records, which can be read again and again.
+
+    One that was cut off, as a kill leaves it, is read up to there, even if its last line is not
+    whole. While it is read ConfigError is raised, with the line, for what is no trace.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records, self.dropped = 0, 0
+        """How many there are, and how many were lost while the guest ran; of the last reading
+        that came to the end."""
+        self.cut = False
+        """Whether the file has no line that says its end; of the same reading."""
+
+    def __iter__(self) -> Iterator[Record]:
         try:
-            record = parse(row)
-        except ValueError as error:
-            raise ConfigError(f"{path}, line {number}: no record: {error}") from None
-        if record is None:
-            return
-        yield record
+            with _open(self.path) as file:
+                yield from self._read(file)
+        except OSError as error:
+            raise ConfigError(f"cannot read the trace {self.path}: {error.strerror}") from None
+
+    def _read(self, file: BinaryIO) -> Iterator[Record]:
+        try:
+            head = json.loads(file.readline(LONGEST_LINE).decode())
+            known = isinstance(head, dict) and head.get("kvmpy-trace") == FORMAT
+        except (ValueError, RecursionError):
+            known = False
+        if not known:
+            raise ConfigError(
+                f"{self.path} is no trace of kvmpy's: `kvmpy trace --out FILE.jsonl` makes one"
+            )
+        records, dropped, cut = 0, 0, True
+        while row := file.readline(LONGEST_LINE):
+            try:
+                found = parse(row.decode())
+            except ValueError as error:
+                if not row.endswith(b"\n") and len(row) < LONGEST_LINE:
+                    break  # the writer did not come to its end
+                what = _words(error, row)
+                raise ConfigError(f"{self.path}, line {records + 2}: no record: {what}") from None
+            if not isinstance(found, Record):
+                dropped, cut = found, False
+                break
+            records += 1
+            yield found
+        self.records, self.dropped, self.cut = records, dropped, cut
+
+
+def _words(error: ValueError, row: bytes) -> str:
+    if len(row) == LONGEST_LINE and not row.endswith(b"\n"):
+        return f"it is longer than {LONGEST_LINE >> 10} KiB"
+    return "it is no text" if isinstance(error, UnicodeDecodeError) else str(error)
+
+
+def _open(path: Path) -> BinaryIO:
+    # Opening a pipe may wait, and what is no regular file need not have an end.
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return os.fdopen(fd, "rb")
+    os.close(fd)
+    raise ConfigError(f"cannot read the trace {path}: it is not a regular file")
