@@ -155,6 +155,23 @@ def test_standard_output_closed_early(image, tmp_path) -> None:
     assert json.loads(report.read_text())["console"] == "x"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("step", "GUEST"), ("explain", "GUEST"), ("lab",), ("guests",), ("--help",), ("info",)],
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_standard_output(image, arguments, unbuffered: str) -> None:
+    guest = image(HLT)
+    with open("/dev/full", "wb") as full:
+        done = kvmpy(
+            *(guest if word == "GUEST" else word for word in arguments),
+            capture_output=False, stdout=full, stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+    assert done.stderr == b"kvmpy: standard output failed: No space left on device\n"
+    assert done.returncode == 125
+
+
 def test_closed_standard_streams_are_not_taken_for_others(image, tmp_path) -> None:
     script = f"{sys.executable} -m kvmpy run {image(say(b'x') + HLT)}"
     done = subprocess.run(["bash", "-c", f"{script} >&-"], capture_output=True, timeout=30)

@@ -206,6 +206,14 @@ def test_stat_counts_as_json(image) -> None:
         assert facts["kvm"]["vCPU 0"]["exits"] >= 5  # KVM_RUN may come back inside the kernel
 
 
+def test_statistics_for_a_full_disk(image) -> None:
+    done = kvmpy("stat", image(HLT), "--out", "/dev/full")
+    assert done.returncode == 125
+    assert (
+        done.stderr == b"kvmpy: writing the statistics /dev/full failed: No space left on device\n"
+    )
+
+
 def test_stat_prints_what_came_in_between(image, tmp_path) -> None:
     out = tmp_path / "stat"
     code = b"\xb0\x41\xe6\xe9" + SPIN

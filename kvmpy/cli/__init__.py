@@ -1,5 +1,6 @@
 """The command line: one module per verb, imported when it is used."""
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ __all__ = ["INTERRUPTED", "main"]
 BAD_INPUT = 2
 HOST_FAILED = 125
 INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
+_CLOSED = (errno.EPIPE, errno.EBADF)
+_CANNOT_WRITE = (*_CLOSED, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _LONGEST_LINE = 500
 
 
@@ -51,9 +54,12 @@ def _main(arguments: Sequence[str] | None) -> int:
     except KvmpyError as error:
         complain(str(error))
         return BAD_INPUT
-    except BrokenPipeError:
+    except OSError as error:
+        # What is written to other places says itself, as a HostError, where that failed.
+        if error.errno not in _CANNOT_WRITE or error.filename is not None:
+            raise
         _abandon_output()
-        complain("standard output was closed early")
+        complain("standard output " + output_failure(error))
         return HOST_FAILED
     return status if isinstance(status, int) else 0
 
@@ -67,8 +73,13 @@ def _fill_standard_descriptors() -> None:
             os.open(os.devnull, os.O_WRONLY if fd == 0 else os.O_RDONLY)  # the lowest that is free
 
 
+def output_failure(error: OSError) -> str:
+    """What is wrong with standard output, after its name."""
+    return "was closed early" if error.errno in _CLOSED else f"failed: {error.strerror}"
+
+
 def _abandon_output() -> None:
-    """Keep the interpreter from flushing to a closed pipe, and complaining, when it ends."""
+    """Keep the interpreter from flushing to where nothing goes, and complaining, when it ends."""
     try:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)

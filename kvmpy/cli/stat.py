@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Final, TextIO
 
 import click
@@ -135,8 +136,11 @@ class _Printer:
             self._file.write(text + "\n")
             self._file.flush()
         except OSError as error:
-            what = f"writing the statistics {self._path} failed: {error.strerror}"
-            raise HostError(what, error.errno or 0) from None
+            raise self._failed(error) from None
+
+    def _failed(self, error: OSError) -> HostError:
+        what = f"writing the statistics {self._path} failed: {error.strerror}"
+        return HostError(what, error.errno or 0)
 
     def interval(self, at: float, reading: Reading) -> None:
         """What came since the last time."""
@@ -167,9 +171,18 @@ class _Printer:
     def __enter__(self) -> "_Printer":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self._file is not None:
-            self._file.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if self._file is not None:
+                self._file.close()
+        except OSError as failure:
+            if error is None:
+                raise self._failed(failure) from None
 
 
 def _tables(reading: Reading, names: dict[tuple[str, int], str], seconds: float) -> Iterator[str]:

@@ -1,17 +1,16 @@
 """Standard input and output as the guest's: unbuffered, and closed at any moment."""
 
-import errno
 import os
 import select
 from collections.abc import Callable
 from pathlib import Path
 
+from kvmpy.cli import output_failure
 from kvmpy.errors import HostError, ImageError
 
 __all__ = ["input_file", "read_input", "write_output"]
 
 _CHUNK = 4096
-_CLOSED = (errno.EPIPE, errno.EBADF)
 
 
 def write_output(data: bytes) -> None:
@@ -24,7 +23,7 @@ def write_output(data: bytes) -> None:
             select.select([], [1], [])  # a pipe that somebody made non-blocking, and full
         except OSError as error:
             code = error.errno or 0
-            what = "was closed early" if code in _CLOSED else f"failed: {error.strerror}"
+            what = output_failure(error)
             raise HostError(f"standard output {what}; the guest was stopped", code) from None
 
 
