@@ -172,6 +172,12 @@ def test_a_full_disk_behind_standard_output(image, arguments, unbuffered: str) -
     assert done.returncode == 125
 
 
+def test_a_report_for_a_full_disk(image) -> None:
+    done = kvmpy("run", image(say(b"!") + HLT), "--report", "/dev/full")
+    assert (done.returncode, done.stdout) == (125, b"!")  # it was run
+    assert done.stderr == b"kvmpy: writing the report /dev/full failed: No space left on device\n"
+
+
 def test_closed_standard_streams_are_not_taken_for_others(image, tmp_path) -> None:
     script = f"{sys.executable} -m kvmpy run {image(say(b'x') + HLT)}"
     done = subprocess.run(["bash", "-c", f"{script} >&-"], capture_output=True, timeout=30)

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from kvmpy import HostError
+from kvmpy.cli.live import Kept
+
 pytestmark = pytest.mark.usefixtures("kvm_host")
 
 HLT = b"\xf4"
@@ -204,6 +207,15 @@ def test_stat_counts_as_json(image) -> None:
     assert by_name == {"debug console": 3, "PIC mask": 1, "": 1}
     if facts["kvm"]:
         assert facts["kvm"]["vCPU 0"]["exits"] >= 5  # KVM_RUN may come back inside the kernel
+
+
+@pytest.mark.parametrize("instead", ["/dev/full", "/no/such/place"])
+def test_a_trace_that_cannot_be_written_after_the_run(tmp_path, instead: str) -> None:
+    kept = Kept(tmp_path / "trace.json")
+    (tmp_path / "trace.json").unlink()
+    (tmp_path / "trace.json").symlink_to(instead)
+    with pytest.raises(HostError):  # which is status 125
+        kept.finish(0)
 
 
 def test_statistics_for_a_full_disk(image) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmpy import ConfigError
+from kvmpy import ConfigError, HostError
 from kvmpy.abi import ffi
 from kvmpy.bus import Bus, FunctionDevice
 from kvmpy.devices import DebugConsole, KeyboardReset, Serial16550A
@@ -278,6 +278,16 @@ def test_the_page_needs_nothing_else_and_believes_no_name() -> None:
     for shown in ("7 records dropped", "<b>&bell -> 0x1", "vCPU 1", "Where the time went"):
         assert shown in page.text
     assert "\n".join(html.lines([]))
+
+
+@pytest.mark.parametrize("form", sorted(exports.FORMS))
+def test_a_full_disk_is_the_hosts_fault_and_no_path_the_callers(tmp_path: Path, form: str) -> None:
+    path = tmp_path / f"trace{form}"
+    path.symlink_to("/dev/full")
+    with pytest.raises(HostError, match="No space left"):
+        exports.save([record(at) for at in range(1000)], path)
+    with pytest.raises(ConfigError, match="No such file"):
+        exports.save([], tmp_path / "nope" / path.name)
 
 
 def test_an_ending_says_the_form(tmp_path: Path) -> None:

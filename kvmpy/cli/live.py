@@ -186,7 +186,10 @@ class Kept(Output):
 
     def finish(self, dropped: int) -> None:
         """Write the file."""
-        exports.save(self._records, self._path, dropped)
+        try:
+            exports.save(self._records, self._path, dropped)
+        except ConfigError as error:  # it could be opened before the run
+            raise HostError(str(error)) from None
         super().finish(dropped)
 
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvmpy.errors import ConfigError
+from kvmpy.errors import ConfigError, HostError
 from kvmpy.kvm import backend
 from kvmpy.machine import Machine
 from kvmpy.result import Result
@@ -42,7 +42,9 @@ class Report:
         try:
             path.write_text(text)
         except OSError as error:
-            raise ConfigError(f"cannot write the report {path}: {error.strerror}") from None
+            # The run took place: not the arguments are at fault, as they were looked at before.
+            what = f"writing the report {path} failed: {error.strerror}"
+            raise HostError(what, error.errno or 0) from None
 
     def finished(self, machine: Machine, result: Result, status: int) -> int:
         """Report a run that came to a result; the status again."""

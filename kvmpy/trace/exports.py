@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from kvmpy.errors import ConfigError
+from kvmpy.errors import ConfigError, HostError
 from kvmpy.trace import html, jsonl, perfetto, text
 from kvmpy.trace.record import Record
 
@@ -26,11 +26,16 @@ def check_path(path: Path) -> None:
 
 
 def save(records: Iterable[Record], path: Path, dropped: int = 0) -> None:
-    """Write them; ConfigError where that cannot be done."""
+    """Write them; ConfigError for a path that cannot be opened, HostError where writing fails."""
     check_path(path)
     try:
-        with path.open("w", encoding="utf-8") as file:
+        file = path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write the trace {path}: {error.strerror}") from None
+    try:
+        with file:
             for line in FORMS[path.suffix](records, dropped):
                 file.write(line + "\n")
     except OSError as error:
-        raise ConfigError(f"cannot write the trace {path}: {error.strerror}") from None
+        what = f"writing the trace {path} failed: {error.strerror}"
+        raise HostError(what, error.errno or 0) from None

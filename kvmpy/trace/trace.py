@@ -186,7 +186,8 @@ class Trace(Sequence[Record]):
     def save(self, path: str | Path) -> None:
         """Write all records to a file: .txt, .jsonl, .json (Perfetto, Chrome) or .html.
 
-        Raises ConfigError for another ending, or where the file cannot be written.
+        Raises ConfigError for another ending, or where the file cannot be opened; HostError
+        where it cannot be written.
         """
         from kvmpy.trace.exports import save
 
