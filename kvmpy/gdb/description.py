@@ -5,11 +5,8 @@ feature `kvmpy.system` is ours: hidden parts of segments, tables, control regist
 number is its place in `REGISTERS`.
 """
 
-from enum import IntFlag
 from functools import lru_cache
 from typing import Final, NamedTuple
-
-from kvmpy.x86.flags import CR0, CR4, EFER
 
 __all__ = ["NUMBERS", "REGISTERS", "RIP", "RSP", "Register", "target_xml"]
 
@@ -45,7 +42,6 @@ _GENERAL = (
 _POINTERS: Final = ("rbp", "rsp")
 _CONTROL_WORDS = ("fctrl", "fstat", "ftag", "fiseg", "fioff", "foseg", "fooff", "fop")
 SEGMENTS: Final = ("cs", "ss", "ds", "es", "fs", "gs")
-_FLAGS: Final[dict[str, type[IntFlag]]] = {"cr0": CR0, "cr4": CR4, "efer": EFER}
 
 REGISTERS: Final = (
     *(
@@ -66,11 +62,11 @@ REGISTERS: Final = (
     *(Register(f"{name}_base", 64, "int64", _SYSTEM, "base") for name in ("tr", "ldt")),
     *(Register(f"{name}_base", 64, "int64", _SYSTEM, "table") for name in ("gdt", "idt")),
     *(Register(f"{name}_limit", 32, "int32", _SYSTEM, "table") for name in ("gdt", "idt")),
-    Register("cr0", 64, "kvmpy_cr0", _SYSTEM, "control"),
-    *(Register(name, 64, "int64", _SYSTEM, "control") for name in ("cr2", "cr3")),
-    Register("cr4", 64, "kvmpy_cr4", _SYSTEM, "control"),
-    Register("cr8", 64, "int64", _SYSTEM, "control"),
-    Register("efer", 64, "kvmpy_efer", _SYSTEM, "control"),
+    # Plain numbers: to a type of flags gdb refuses to assign an int ("Invalid cast").
+    *(
+        Register(name, 64, "int64", _SYSTEM, "control")
+        for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer")
+    ),
 )
 """Every register, in the order of the packets g and G."""
 
@@ -103,21 +99,11 @@ def _flags(name: str, size: int, bits: dict[str, int]) -> str:
     return f'<flags id="{name}" size="{size}">{fields}</flags>'
 
 
-def _bits(flags: type[IntFlag]) -> dict[str, int]:
-    return {
-        flag.name: flag.value.bit_length() - 1
-        for flag in flags
-        if flag.name and flag.value.bit_count() == 1
-    }
-
-
 def _types(feature: str) -> str:
     if feature == _CORE:
         return _flags("i386_eflags", 4, _EFLAGS)
     if feature == _SSE:
         return _VEC128 + _flags("i386_mxcsr", 4, _MXCSR)
-    if feature == _SYSTEM:
-        return "".join(_flags(f"kvmpy_{name}", 8, _bits(kind)) for name, kind in _FLAGS.items())
     return ""
 
 
