@@ -101,6 +101,22 @@ def test_unclaimed_accesses_are_reported(image) -> None:
     assert done.stdout == b""
 
 
+@pytest.mark.parametrize(
+    ("text", "options", "where"),
+    [
+        ("nop\nspin: jmp spin\n", ("--timeout", "0.2"), "at 0x1001 spin: jmp 0x1001"),
+        ("nop\nmore: out 0xe9, al\njmp more\n", ("--max-exits", "2"), "more"),
+    ],
+)
+def test_a_guest_out_of_time_says_where_it_was(tmp_path, text: str, options, where: str) -> None:
+    guest = tmp_path / "guest.S"
+    guest.write_text(text)
+    done = kvmpy("run", guest, *options)
+    lines = done.stderr.decode().splitlines()
+    assert (done.returncode, len(lines)) == (124, 2)
+    assert re.match(r"kvmpy: at 0x[0-9a-f]+ \w+(\+0x\w)?: \w+", lines[1]) and where in lines[1]
+
+
 def test_standard_input_feeds_the_serial_port(image) -> None:
     # l: mov dx, 0x3fd; in al, dx; test al, 1; jz l; mov dx, 0x3f8; in al, dx; out dx, al;
     # cmp al, '.'; jne l; hlt

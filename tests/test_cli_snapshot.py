@@ -89,7 +89,7 @@ def test_resume_has_the_statuses_of_run(tmp_path: Path, capfd: Any) -> None:
     text = SOURCE.replace("out 0xf4, al", "out 0x82, al")
     kvmpy(capfd, "snapshot", source(tmp_path, text=text), "--at", "symbol=last", "--out", out)
     status, said, lines = kvmpy(capfd, "resume", out, "--timeout", 0.2)
-    assert (status, said, len(lines)) == (124, "c", 2)  # and what touched port 0x82
+    assert (status, said, len(lines)) == (124, "c", 3)  # where, and what touched port 0x82
     assert kvmpy(capfd, "resume", out, "--max-exits", 1)[:2] == (124, "c")
     text = SOURCE.replace("mov al, 5", "ud2")
     kvmpy(capfd, "snapshot", source(tmp_path, text=text), "--at", "symbol=last", "--out", out)

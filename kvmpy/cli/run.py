@@ -190,7 +190,17 @@ def run_machine(
         report.autopsy = postmortem(machine, result, start)
     elif status in (TIMED_OUT, HOST_FAILED) and result.outcome != "debug-exit":
         complain(str(result))
+        if status == TIMED_OUT:
+            complain(_where(machine))
     return report.finished(machine, result, status)
+
+
+def _where(machine: Machine) -> str:
+    """The instruction that the guest would go on with, in one line."""
+    code = machine.view.disassemble(count=1)
+    for one in code.instructions:
+        return f"at {one.address:#x}{one.symbol and ' ' + one.symbol}: {one.text}"
+    return f"at {code.problem}"
 
 
 def _status(result: Result) -> int:
