@@ -190,8 +190,7 @@ def run_machine(
         report.autopsy = postmortem(machine, result, start)
     elif status in (TIMED_OUT, HOST_FAILED) and result.outcome != "debug-exit":
         complain(str(result))
-        if status == TIMED_OUT:
-            complain(_where(machine))
+        complain(_where(machine))
     return report.finished(machine, result, status)
 
 
