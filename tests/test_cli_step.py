@@ -93,8 +93,19 @@ class TestStep:
     def test_a_deadline(self, capfd, tmp_path):
         guest = tmp_path / "guest.S"
         guest.write_text("here: jmp here\n")
-        status, _, err = kvmpy(capfd, "step", guest, "--from", 0, "--timeout", 0.1)
+        status, out, err = kvmpy(capfd, "step", guest, "--count", 10**9, "--timeout", 0.1)
         assert status == 124 and err == ["kvmpy: timeout: the time given to the run was over"]
+        assert "the guest ends: timeout" in out and "Interrupted" not in out
+
+    @pytest.mark.parametrize(
+        ("options", "status"), [((), 0), (("--until", "last"), 0), (("--timeout", 0), 124)]
+    )
+    def test_a_place_that_is_never_reached(self, capfd, tmp_path, options, status):
+        guest = tmp_path / "guest.S"
+        guest.write_text("nop\nlast: hlt\n")
+        done, _, err = kvmpy(capfd, "step", guest, "--from", "0x2000", *options)
+        assert done == status and re.search(r"--from 0x2000: the guest did not come there", err[0])
+        assert kvmpy(capfd, "step", guest, "--from", "last")[::2] == (0, [])
 
 
 ON_PAPER = """

@@ -1,6 +1,7 @@
 """`kvmpy step`: a guest one instruction at a time, with what each instruction did."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -11,6 +12,7 @@ from kvmpy.cli import HOST_FAILED, INTERRUPTED, complain
 from kvmpy.cli.run import CRASHED, INPUT, TIMED_OUT, guest_options, image_of, input_of
 from kvmpy.devices import exit_status
 from kvmpy.errors import ConfigError
+from kvmpy.exits import Interrupted
 from kvmpy.machine import Machine
 from kvmpy.result import CRASHES, OUTCOMES
 from kvmpy.sizes import parse_address
@@ -62,7 +64,11 @@ def step(
     machine = Machine.from_image(image, memory, input=input_of(input_path), strict=strict)
     with machine:
         steps = machine.trace_instructions(until=stop, timeout=timeout)
-        return _ending(*_show(steps, first, count, diff))
+        came, last, all_of_it = _show(steps, first, count, diff)
+        if not came:
+            when = f"in {last.number} steps" if last else "before it stopped"
+            complain(f"--from {start}: the guest did not come there {when}")
+        return _ending(last, all_of_it)
 
 
 def _place(text: str | None, image: Image) -> int | None:
@@ -88,23 +94,33 @@ def _places(image: Image) -> Iterator[str]:
 
 def _show(
     steps: Iterator[Step], start: int | None, count: int, diff: bool
-) -> tuple[Step | None, bool]:
-    """Print steps from `start` on, at most `count`; the last one, and whether that was all."""
-    shown, mode = 0, ""
+) -> tuple[bool, Step | None, bool]:
+    """Print steps from `start` on, at most `count`, and the guest's last one.
+
+    Whether it came to `start`, the last step, and whether that was all.
+    """
+    shown, mode, came = 0, "", start is None
     last: Step | None = None
     for last in steps:
-        if not (shown or start in (None, last.linear) or last.outcome):
+        came = came or last.linear == start
+        if not (came or last.outcome):
             continue
         now = f"--- {last.mode}, ring {last.ring}"
         if now != mode:
             click.echo(now)
             mode = now
-        for line in last.lines(diff):
+        for line in _without_signals(last).lines(diff):
             click.echo(clean(line))
         shown += 1
         if shown == count:
-            return last, False
-    return last, True
+            return came, last, False
+    return came, last, True
+
+
+def _without_signals(step: Step) -> Step:
+    """The step without what is no exit of the guest's: its outcome says that the time was over."""
+    own = tuple(one for one in step.exits if not isinstance(one, Interrupted))
+    return step if len(own) == len(step.exits) else replace(step, exits=own)
 
 
 def _ending(last: Step | None, all_of_it: bool) -> int:
