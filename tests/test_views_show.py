@@ -125,6 +125,15 @@ def test_views_of_a_machine(machine):
     assert view.map().ranges[0].physical == 0
 
 
+@pytest.mark.parametrize(
+    ("access", "cpl", "named"),
+    [("foo", None, "access='foo'"), ("read", 7, "cpl=7"), ("read", -1, "cpl=-1")],
+)
+def test_a_walk_for_what_there_is_not(machine, access, cpl, named):
+    with pytest.raises(ConfigError, match=named):
+        machine.view.walk(0x1000, access, cpl)
+
+
 def test_views_of_a_snapshot(machine):
     snapshot = machine.snapshot()
     for name in VIEWS:
