@@ -109,6 +109,9 @@ def test_a_trace_that_was_cut_off_in_a_line_is_read_up_to_the_line_before(
     path.write_text("\n".join([head, first, second[:kept], end]) + "\n")
     with pytest.raises(ConfigError, match="line 3: no record"):  # not the last line
         list(file)
+    path.write_text("\n".join([head, first, '{"cpu": 1}']))
+    with pytest.raises(ConfigError, match="line 3: no record"):  # whole, but for its newline
+        list(file)
     path.write_text("\n".join([head, first, second, end]))
     assert list(file) == [record(0), record(1)]
     next(iter(file))  # a reading that does not come to the end changes nothing

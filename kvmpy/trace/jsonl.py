@@ -134,7 +134,8 @@ class TraceFile:
             try:
                 found = parse(row.decode())
             except ValueError as error:
-                if not row.endswith(b"\n") and len(row) < LONGEST_LINE:
+                half = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
+                if half and not row.endswith(b"\n") and len(row) < LONGEST_LINE:
                     break  # the writer did not come to its end
                 what = _words(error, row)
                 raise ConfigError(f"{self.path}, line {records + 2}: no record: {what}") from None
