@@ -260,6 +260,7 @@ MISTAKES = (
     Mistake(
         "wild-rbp", "page-not-present", 14, "mov rbp, 0xffff900000000000; mov rax, [rbp+16]; hlt"
     ),
+    Mistake("leave", "page-not-present", 14, "mov rbp, 0xffff900000000000; leave; hlt"),
     Mistake("wild-index", "page-not-present", 14, "mov rax, 0x900000000; mov rbx, [rsp+rax]; hlt"),
     Mistake("rsp-operand", "stack-unmapped", 14, "mov rsp, 0x8000000000; mov rax, [rsp+8]; hlt"),
     Mistake("wild-rbp-ss", "non-canonical", 12, "mov rbp, 0x800000000000; mov rax, [rbp]; hlt"),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from struct import pack
 from types import SimpleNamespace
 
 import pytest
@@ -280,6 +281,18 @@ def test_which_end_of_an_access_is_not_canonical() -> None:
     assert "last byte, at 0x800000000003, is not canonical" in explain_shutdown(scene).faults[0].why
     scene.registers.rax = 1 << 47
     assert "0x800000000000), which is not canonical" in explain_shutdown(scene).faults[0].why
+
+
+@pytest.mark.parametrize(
+    ("cs", "ss", "cause"), [(0x1238, 0x10, "bad-frame"), (8, 0x1230, "bad-stack-segment")]
+)
+def test_iret_shows_its_whole_frame(cs: int, ss: int, cause: str) -> None:
+    words = (0x2000, cs, 2, 0x9000, ss)
+    scene = scene_at(assemble("iretq", at=0x1000).ljust(0x100, b"\0") + pack("<5Q", *words))
+    scene.registers.rsp = 0x1100
+    found = explain_shutdown(scene)
+    assert found.cause == cause
+    assert f"the frame is {', '.join(map(hex, words))}" in found.faults[0].why
 
 
 def test_an_instruction_that_was_refused() -> None:

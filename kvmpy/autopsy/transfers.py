@@ -1,6 +1,7 @@
 """Far jumps and calls, far returns, IRET, INT n: what they raise before they go anywhere."""
 
 from collections.abc import Sequence
+from typing import Final
 
 from kvmpy.autopsy.fault import GP, PF, Fault
 from kvmpy.autopsy.instruction import Instruction
@@ -11,6 +12,8 @@ from kvmpy.views.formats import canonical_bits, is_canonical
 from kvmpy.x86.flags import CR0, RFLAGS
 
 __all__ = ["check_transfer"]
+
+_IRET: Final = "IRET pops RIP, CS, RFLAGS, RSP, SS"
 
 
 def check_transfer(scene: Scene, instruction: Instruction) -> Fault | None:
@@ -62,11 +65,15 @@ def _frame(scene: Scene, words: Sequence[int], layout: str) -> Fault | None:
     own = ("not-present-segment", "non-canonical", "wrong-ring")
     if fault is None or fault.vector == PF or fault.cause in own:
         return fault
-    note = f"{layout}; the frame is {', '.join(f'{word:#x}' for word in words)}"
+    note = _frame_words(words, layout)
     swapped = look_up(scene.read, scene.special, rip & 0xFFFF).segment
     if rip < 0x10000 and rip & ~3 and swapped is not None and swapped.s and swapped.type & 8:
         note += f" ({rip:#x} would be a code selector: the two are swapped)"
     return fault.because("bad-frame", note)
+
+
+def _frame_words(words: Sequence[int], layout: str) -> str:
+    return f"{layout}; the frame is {', '.join(f'{word:#x}' for word in words)}"
 
 
 def _interrupt_return(scene: Scene, instruction: Instruction) -> Fault | None:
@@ -81,7 +88,7 @@ def _interrupt_return(scene: Scene, instruction: Instruction) -> Fault | None:
     whole = scene.mode.bits == 64 or cs & 3 != scene.cpl  # else it pops no stack
     words = [scene.stack_slot(number, size) for number in range(5 if whole else 3)]
     known = [word for word in words if word is not None]
-    fault = _frame(scene, known, "IRET pops RIP, CS, RFLAGS, RSP, SS")
+    fault = _frame(scene, known, _IRET)
     if fault is not None:
         return fault
     code = look_up(scene.read, scene.special, cs & 0xFFFF).segment
@@ -94,4 +101,4 @@ def _interrupt_return(scene: Scene, instruction: Instruction) -> Fault | None:
     fault = check_stack(scene, ss & 0xFFFF, ring, "the frame has the", bits=64 if long_code else 32)
     if fault is None or fault.vector == PF:
         return fault
-    return fault.because("bad-stack-segment")
+    return fault.because("bad-stack-segment", _frame_words(known, _IRET))
