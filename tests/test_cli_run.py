@@ -89,7 +89,7 @@ def test_a_crash_shows_registers_code_and_advice(image) -> None:
     assert "#UD" in text
     assert "00000000deadbeef" in text
     assert "ud2" in text
-    assert "try:" in text
+    assert "fix: " in text
     selectors = re.search(r" cs (\w{4}) .* ss (\w{4}) ", text)
     assert selectors is not None  # those of ring 3, not of the stub that reported it
     assert [int(one, 16) & 3 for one in selectors.groups()] == [3, 3]
