@@ -98,14 +98,19 @@ class TestStep:
         assert "the guest ends: timeout" in out and "Interrupted" not in out
 
     @pytest.mark.parametrize(
-        ("options", "status"), [((), 0), (("--until", "last"), 0), (("--timeout", 0), 124)]
+        ("code", "options", "status"),
+        [
+            ("nop\nlast: hlt\n", (), 0),
+            ("nop\nlast: hlt\n", ("--until", "last"), 0),
+            ("last: jmp last\n", ("--timeout", 0.1), 124),
+        ],
     )
-    def test_a_place_that_is_never_reached(self, capfd, tmp_path, options, status):
+    def test_a_place_that_is_never_reached(self, capfd, tmp_path, code, options, status):
         guest = tmp_path / "guest.S"
-        guest.write_text("nop\nlast: hlt\n")
+        guest.write_text(code)
         done, _, err = kvmpy(capfd, "step", guest, "--from", "0x2000", *options)
         assert done == status and re.search(r"--from 0x2000: the guest did not come there", err[0])
-        assert kvmpy(capfd, "step", guest, "--from", "last")[::2] == (0, [])
+        assert kvmpy(capfd, "step", guest, "--from", "last", "--count", 1)[::2] == (0, [])
 
 
 ON_PAPER = """

@@ -411,6 +411,9 @@ def test_starting_anew_while_another_thread_runs_is_safe() -> None:
         thread = threading.Thread(target=made.run, kwargs={"timeout": 20})
         made.trace.start(64)
         thread.start()
+        until = time.monotonic() + 10
+        while not made.cpus[0].loop.running and time.monotonic() < until:
+            time.sleep(0.001)  # a thread may take its time until it is there
         for _ in range(5):
             made.trace.start(64)
         gc.collect()
