@@ -345,6 +345,7 @@ def test_a_case_that_ends_its_process_is_named(monkeypatch: pytest.MonkeyPatch) 
         measure_cases(CASES[:2], 10, 1)
 
 
+@pytest.mark.slow
 def test_a_case_that_hangs_its_process_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvmpy.bench.runner.DEADLINE", 0.0)
     monkeypatch.setattr("kvmpy.bench.runner._STARTING", 4.0)

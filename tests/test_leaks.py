@@ -192,6 +192,7 @@ def test_failing_ioctl_leaves_nothing_behind(
     fails_everywhere(sabotage, Saboteur(abi.ioctl, error), scenario, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_failing_mmap_leaves_nothing_behind(
     monkeypatch: pytest.MonkeyPatch, scenario: Callable[[], None]
@@ -222,6 +223,7 @@ def test_failing_file_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, fun
         assert resources() == before and len(vm.memory) == 1
 
 
+@pytest.mark.slow
 def test_no_descriptors_left_is_a_typed_error() -> None:
     """The real thing: the process may open no more files at any of the steps."""
     import resource

@@ -397,7 +397,7 @@ def test_inputs_by_a_function_end_as_those_by_an_address(summing: Machine) -> No
         ]
 
 
-@pytest.mark.parametrize("batch", [1, 64])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 64])
 def test_a_machine_that_another_thread_closes_at_any_moment(batch: int) -> None:
     """Between two runs or in one: a typed error, and RAM that nobody has taken away."""
     for _ in range(3):

@@ -64,7 +64,7 @@ def _vendors(random: Random) -> Sequence[Case]:
             f"with the vendor {vendor.decode()!r}", prepare=prepare, expect={"vendor": vendor}
         )
 
-    return [case("".join(random.choices(_LETTERS, k=12)).encode()) for _ in range(2)]
+    return [case("".join(random.sample(_LETTERS, k=12)).encode()) for _ in range(2)]
 
 
 EXERCISES: Final = (
