@@ -1,13 +1,11 @@
 """Views of a machine as it is now."""
 
-from typing import get_args
-
 from kvmpy.dispatch import Dispatch
 from kvmpy.errors import ConfigError
 from kvmpy.modes import Layout
 from kvmpy.vcpu import VCPU
 from kvmpy.views.memorymap import MemoryMapView, memory_map
-from kvmpy.views.pages import Access, PageWalk, reader
+from kvmpy.views.pages import reader
 from kvmpy.views.state import Processor, StateView
 from kvmpy.vm import VM
 from kvmpy.x86.registers import Registers
@@ -33,18 +31,6 @@ class MachineView(StateView):
 
     def _processor(self) -> Processor:
         return Processor.of(self._cpu.get_cpuid2())
-
-    def walk(self, address: int, access: Access = "read", cpl: int | None = None) -> PageWalk:
-        """The page walk for a linear address, level by level, and whether `access` is allowed.
-
-        `access` is "read", "write" or "fetch", and `cpl`, 0 to 3, by default the ring that the
-        vCPU is in. Raises ConfigError for others, AddressError for what is no 64-bit number.
-        """
-        if access not in get_args(Access):
-            raise ConfigError(f"access={access!r}: use one of {', '.join(get_args(Access))}")
-        if cpl not in (None, 0, 1, 2, 3):
-            raise ConfigError(f"cpl={cpl!r}: rings are 0 to 3")
-        return super().walk(address, access, cpl)
 
     def memory_map(self) -> MemoryMapView:
         """RAM and its slots, what kvmpy keeps in it, and who answers at ports and addresses."""

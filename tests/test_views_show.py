@@ -132,6 +132,8 @@ def test_views_of_a_machine(machine):
 def test_a_walk_for_what_there_is_not(machine, access, cpl, named):
     with pytest.raises(ConfigError, match=named):
         machine.view.walk(0x1000, access, cpl)
+    with pytest.raises(ConfigError, match=named):
+        machine.snapshot().view.walk(0x1000, access, cpl)
 
 
 def test_views_of_a_snapshot(machine):

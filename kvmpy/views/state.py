@@ -1,8 +1,9 @@
 """All views of one vCPU's state and the memory beside it: of a machine's, or of a snapshot's."""
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
+from kvmpy.errors import ConfigError
 from kvmpy.views.code import CodeView, HexView, disassemble, hexdump
 from kvmpy.views.descriptors import DescriptorView, gdt_view, ldt_view
 from kvmpy.views.gates import GateView, idt_view
@@ -99,8 +100,13 @@ class StateView:
     def walk(self, address: int, access: Access = "read", cpl: int | None = None) -> PageWalk:
         """The page walk for a linear address, level by level, and whether `access` is allowed.
 
-        `access` is "read", "write" or "fetch", and `cpl` by default the ring that the vCPU is in.
+        `access` is "read", "write" or "fetch", and `cpl`, 0 to 3, by default the ring that the
+        vCPU is in. Raises ConfigError for others, AddressError for what is no 64-bit number.
         """
+        if access not in get_args(Access):
+            raise ConfigError(f"access={access!r}: use one of {', '.join(get_args(Access))}")
+        if cpl not in (None, 0, 1, 2, 3):
+            raise ConfigError(f"cpl={cpl!r}: rings are 0 to 3")
         ac = bool(self._regs().rflags & RFLAGS.AC)
         kind = self._processor()._asdict()
         return page_walk(self._read, self._sregs(), address, access, cpl=cpl, ac=ac, **kind)
