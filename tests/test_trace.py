@@ -280,12 +280,17 @@ def test_a_python_signal_handler_that_raises_loses_nothing() -> None:
             seen: list[int] = []
             made.on_port(PORT)(lambda offset, size, value: seen.append(value))
             made.trace.start(1 << 16)
+            in_device = 0  # where it may have come before the value was noted
             for _ in range(5):
                 signal.setitimer(signal.ITIMER_REAL, 0.02)
-                with pytest.raises(Alarm):
+                with pytest.raises(Alarm) as caught:
                     made.run(timeout=20)
+                in_device += hasattr(caught.value, "__notes__")
             made.run(max_exits=1)
-            assert [one.value for one in exits(made.trace)] == seen
+            recorded = [one.value for one in exits(made.trace)]
+            assert len(seen) <= len(recorded) <= len(seen) + in_device
+            rest = iter(recorded)
+            assert all(value in rest for value in seen)  # in that order, and none is missing
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
