@@ -203,9 +203,11 @@ def test_a_call_that_fails_on_the_other_thread_is_an_error_here() -> None:
 
 @pytest.mark.usefixtures("kvm_host")
 def test_the_self_test_measures_a_delay_that_is_known() -> None:
-    found = selftest._delay()
-    measured_us = float(found.found.split()[0].replace(",", ""))
-    assert measured_us == pytest.approx(1000, rel=0.25)  # a busy machine is no wrong clock
+    def measured_us() -> float:
+        return float(selftest._delay().found.split()[0].replace(",", ""))
+
+    # A busy machine makes it longer, and is no wrong clock: one of three may be without it.
+    assert min(measured_us() for _ in range(3)) == pytest.approx(1000, rel=0.25)
 
 
 def test_a_delay_that_the_clock_gets_wrong_is_not_good(monkeypatch: pytest.MonkeyPatch) -> None:

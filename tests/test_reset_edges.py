@@ -290,10 +290,10 @@ POSTING = "mov al, 'A'\nout 0xe9, al\nagain: jmp again"
 def post(machine: Machine) -> VCPU:
     """Leave a byte in the ring, as a device's exception does."""
     (cpu,) = machine.cpus
-    cpu.run(timeout=0.01)
+    cpu.run(timeout=0.1)
     assert [value for *_, value in machine.cpus[0].drain_ring()] == [65]
     machine.set_entry(0x1000)
-    cpu.run(timeout=0.01)
+    cpu.run(timeout=0.1)
     return cpu
 
 
@@ -316,7 +316,7 @@ def test_what_a_run_has_posted_is_its_own(batch: int) -> None:
     with Machine(MEMORY, posted_console=True) as machine:
         machine.load(code(POSTING), 0x1000)
         snapshot = machine.snapshot()
-        made = runs(snapshot, range(8), timeout=0.0005, machine=machine, batch=batch)
+        made = runs(snapshot, range(8), timeout=0.02, machine=machine, batch=batch)
         seen = [(one.outcome, machine.console) for one in made]
         assert {outcome for outcome, _ in seen} == {"timeout"}
         assert {console for _, console in seen} <= {b"A", b""}
