@@ -263,7 +263,8 @@ class VCPU(VcpuRegisters):
         while first != last:
             address, size, pio, data = struct.unpack_from("<QIIQ", run, at + 8 + 24 * first)
             first = (first + 1) % entries
-            struct.pack_into("<I", run, at, first)
+            # At once: pack_into would clear it first, and KVM may look at it meanwhile.
+            run[at : at + 4] = first.to_bytes(4, "little")
             yield bool(pio), address, size, data & (1 << 8 * size) - 1
 
     def watch_ring(self) -> None:
