@@ -10,7 +10,7 @@ from benchmarks import host, process, report
 from benchmarks.stats import Row
 from kvmpy.errors import KvmpyError
 
-__all__ = ["Step", "Steps", "run"]
+__all__ = ["Parser", "Step", "Steps", "rounds_of", "run"]
 
 QUICK_ROUNDS = 3
 LEAST_ROUNDS = 11
@@ -22,12 +22,15 @@ Steps: TypeAlias = Callable[[int, bool], Sequence[Step]]
 """The steps for so many rounds, and whether they shall be quick."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def _rounds(text: str) -> int:
+def rounds_of(text: str) -> int:
+    """The number that --rounds was given."""
     if not text.isdecimal() or not 1 <= int(text) <= 10_000:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of rounds: give 1 to 10000")
     return int(text)
@@ -36,10 +39,10 @@ def _rounds(text: str) -> int:
 def _parse(
     name: str, what: str | None, rounds: int, arguments: list[str] | None
 ) -> argparse.Namespace:
-    parser = _Parser(prog=name, description=what)
+    parser = Parser(prog=name, description=what)
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the results there")
     parser.add_argument("--quick", action="store_true", help="a few seconds, and no good figures")
-    parser.add_argument("--rounds", metavar="N", type=_rounds, help=f"default: {rounds}")
+    parser.add_argument("--rounds", metavar="N", type=rounds_of, help=f"default: {rounds}")
     options = parser.parse_args(arguments)
     if options.json is not None:
         try:

@@ -13,9 +13,9 @@ import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from benchmarks import host
+from benchmarks.command import Parser, rounds_of
 from benchmarks.peer import prepared, tried
 from benchmarks.peer_report import Figure, Result, as_json, markdown, print_table
 from benchmarks.peer_works import FULL, QUICK, Effort, Work, works
@@ -27,24 +27,13 @@ __all__ = ["main", "measure"]
 LEAST_ROUNDS = 5
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def _rounds(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 10_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of rounds: give 1 to 10000")
-    return int(text)
-
-
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="benchmarks.peers", description=__doc__)
+    parser = Parser(prog="benchmarks.peers", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="seconds, and no good figures")
     parser.add_argument(
         "--rounds",
         metavar="N",
-        type=_rounds,
+        type=rounds_of,
         help=f"default: {FULL.rounds}, and {FULL.process_rounds} of whole processes",
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the results there")
