@@ -52,6 +52,13 @@ class Worker:
 
     def start(self) -> None:
         """Start the process; OSError if there can be none, WorkerDied if it ended meanwhile."""
+        self._launch()
+        self._receive()
+
+    def _launch(self) -> None:
+        # A frame of its own: WorkerDied, which a future keeps, must not hold the process by its
+        # traceback. The collector would end that later, on the caller's thread, and a Ctrl-C that
+        # comes in the midst of multiprocessing's finalizer is dropped.
         ours, theirs = pair()
         process = _Process(target=_work, args=(theirs,), name=WORKER)
         try:
@@ -66,7 +73,6 @@ class Worker:
             self._process = process
             if self._killed:
                 process.kill()
-        self._receive()
 
     def ask(self, packed: bytes) -> Any:
         """What the pickled call comes to; raises what it raises, or WorkerDied."""
