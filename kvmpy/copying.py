@@ -64,6 +64,10 @@ class Copying(Running):
 
         Raises PendingExitError while an exit waits to be seen, ConfigError while a vCPU runs.
         """
+        with self.vm.whole:
+            return self._snapshot()
+
+    def _snapshot(self) -> Snapshot:
         self.check_stopped()
         for cpu in self.cpus:
             cpu.finish()
@@ -102,6 +106,11 @@ class Copying(Running):
         devices, and for one of another backend unless `across_backends`.
         """
         started = perf_counter_ns()
+        with self.vm.whole:
+            changed = self._restore(snapshot, across_backends)
+        return Restored(changed, changed * 4096, perf_counter_ns() - started)
+
+    def _restore(self, snapshot: Snapshot, across_backends: bool = False) -> int:
         self._check_fits(snapshot, across_backends)
         changed, self.resetter = 0, None
         for cpu in self.cpus:
@@ -110,7 +119,7 @@ class Copying(Running):
             changed += len(put_back(region, image))
         self.vm.drop_mappings()  # of pages as they are now, or were in between
         self._load(snapshot)
-        return Restored(changed, changed * 4096, perf_counter_ns() - started)
+        return changed
 
     def reset_to(self, snapshot: Snapshot, scope: str = "all") -> Restored:
         """The same as `restore`, and fast from the second time on: only what changed.
@@ -131,21 +140,22 @@ class Copying(Running):
 
     def go_back(self, snapshot: Snapshot, scope: str = "all") -> int:
         """What `reset_to` does; only how many pages had changed."""
-        resetter = self.resetter
-        if (
-            resetter is None
-            or resetter.snapshot is not snapshot
-            or resetter.scope != scope
-            or not resetter.fits()
-        ):
-            changed = self.restore(snapshot).pages
-            self.resetter = Resetter(self.vm, snapshot, scope)
-            self._loads_of = -1
-            return changed
-        self.check_stopped()
-        unseen = self.before_reset()
-        resetter.reset()
-        return unseen + int(resetter.native.changed)
+        with self.vm.whole:
+            resetter = self.resetter
+            if (
+                resetter is None
+                or resetter.snapshot is not snapshot
+                or resetter.scope != scope
+                or not resetter.fits()
+            ):
+                changed = self._restore(snapshot)
+                self.resetter = Resetter(self.vm, snapshot, scope)
+                self._loads_of = -1
+                return changed
+            self.check_stopped()
+            unseen = self.before_reset()
+            resetter.reset()
+            return unseen + int(resetter.native.changed)
 
     @property
     def has_native_state(self) -> bool:

@@ -1,8 +1,10 @@
 """A virtual machine's descriptor: its memory slots, vCPUs, clock and statistics."""
 
 import mmap
+import os
 import struct
-from contextlib import suppress
+import threading
+from contextlib import AbstractContextManager, nullcontext, suppress
 from types import TracebackType
 from typing import Final, NamedTuple
 
@@ -45,6 +47,7 @@ class VM(InterruptController):
 
     def __init__(self, fd: int, vcpu_mmap_size: int | Facts) -> None:
         super().__init__(fd, "the VM")
+        self._whole, self._process = threading.RLock(), os.getpid()
         self.memory = AddressSpace()
         self.vcpus: list[VCPU] = []
         self.logs_for_reset = False
@@ -244,29 +247,39 @@ class VM(InterruptController):
 
     # Closing ------------------------------------------------------------------------------
 
+    @property
+    def whole(self) -> AbstractContextManager[object]:
+        """For `with`, while all of the VM is saved, restored or closed: C then has its addresses.
+
+        Other threads wait.
+        """
+        # In the child of a fork, the thread that holds the lock may not exist.
+        return self._whole if self._process == os.getpid() else nullcontext()
+
     def close(self) -> None:
         """Close the vCPUs and the VM, unmap the RAM; again: nothing.
 
         Raises BufferError while a view of the RAM is alive, and ConfigError while a vCPU
-        runs; nothing is closed then.
+        runs; nothing is closed then. Waits while another thread saves or restores the VM.
         """
-        for region in self.memory:
-            region.check_no_views()
         self._close(abandon=False)
 
     def _close(self, *, abandon: bool) -> None:
-        for vcpu in self.vcpus:
-            vcpu.check_stopped()
-        for vcpu in self.vcpus:
-            vcpu.close()
-        super().close()
-        for region in list(self.memory):
-            if abandon:
-                region.abandon()
-            else:
-                region.close()
-            self.memory.remove(region)
-        self.memory.closed = True
+        with self.whole:
+            for region in () if abandon else self.memory:
+                region.check_no_views()
+            for vcpu in self.vcpus:
+                vcpu.check_stopped()
+            for vcpu in self.vcpus:
+                vcpu.close()
+            super().close()
+            for region in list(self.memory):
+                if abandon:
+                    region.abandon()
+                else:
+                    region.close()
+                self.memory.remove(region)
+            self.memory.closed = True
 
     def __exit__(
         self,

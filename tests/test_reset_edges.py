@@ -282,6 +282,67 @@ def test_in_the_child_of_a_fork_every_way_is_refused_but_a_new_machine(summing: 
     assert summing.run(timeout=10).value == 3
 
 
+class Waits:
+    """A device whose state is saved and loaded when a thread lets it."""
+
+    name = "waits"
+
+    def __init__(self) -> None:
+        self.entered, self.go = threading.Event(), threading.Event()
+        self.go.set()
+
+    def read(self, offset: int, size: int) -> int:
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Nothing comes of it."""
+
+    def save_state(self) -> bytes:
+        self.entered.set()
+        assert self.go.wait(60)
+        return b""
+
+    def load_state(self, state: bytes) -> None:
+        self.save_state()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("way", WAYS[:3])
+def test_close_waits_for_what_another_thread_has_begun(way: Any) -> None:
+    """C has addresses of the RAM meanwhile, and of the vCPU's mapping."""
+    device, ended = Waits(), list[bool]()
+    machine = machine_of(code(SUMMING), 0)
+    machine.attach_port(0x70, 1, device)
+    snapshot = machine.snapshot()
+    for _ in range(2):
+        machine.reset_to(snapshot)
+    device.entered.clear()
+    device.go.clear()
+
+    def work() -> None:
+        way(machine, snapshot)
+        ended.append(machine.vm.closed)
+
+    worker = threading.Thread(target=work)
+    closer = threading.Thread(target=machine.close)
+    worker.start()
+    assert device.entered.wait(60)
+    closer.start()
+    closer.join(0.05)
+    assert closer.is_alive() and not machine.vm.closed
+    child = os.fork()
+    if child == 0:  # here nobody will ever be done with it
+        try:
+            machine.close()
+        finally:
+            os._exit(0 if machine.vm.closed else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    device.go.set()
+    worker.join(60)
+    closer.join(60)
+    assert len(ended) == 1 and machine.vm.closed
+
+
 # The posted console -------------------------------------------------------------------------
 
 POSTING = "mov al, 'A'\nout 0xe9, al\nagain: jmp again"
