@@ -143,7 +143,7 @@ class VCPU(VcpuRegisters):
 
         A `kick()` or the timeout give `Interrupted`. Ctrl-C raises KeyboardInterrupt, and the
         vCPU can be run on. A read (`PortIn`, `MmioRead`, `MsrRead`) is answered by `reply`
-        before the next run, or else reads as all ones.
+        before the next run, or else reads as all ones, an MSR as 0.
         """
         self.run_page  # noqa: B018 - refuse a closed one
         if self.loop.open and self.finisher is not None:
