@@ -15,6 +15,7 @@ from kvmpy import ConfigError, HostError, Machine, OverlapError, assemble
 from kvmpy.bus import Stateful
 from kvmpy.devices import Capture, Counter, PostCode, Serial16550A, standard
 from kvmpy.devices.reset import ResetControl
+from kvmpy.interrupts import MsiRoute
 from kvmpy.memory import PAGE_SIZE
 from kvmpy.snapshot import Plan
 from kvmpy.snapshot.diff import without_in_use
@@ -230,6 +231,23 @@ def test_an_increment_holds_only_what_changed(counting: Machine) -> None:
     assert whole.read(DATA, 1) == b"\x03"
 
 
+def test_devices_and_routes_that_only_one_has_differ() -> None:
+    with Machine(MEMORY, irqchip="split") as machine:
+        before = machine.snapshot()
+
+        @machine.on_port(0x60)
+        def keyboard(offset: int, size: int, value: int | None) -> int:
+            return 0
+
+        machine.vm.set_gsi_routing([route := MsiRoute(1, 0xFEE00000, 0x31)])
+        after = machine.snapshot()
+    assert before.diff(after).devices == {
+        "routes": (None, (route,)),
+        "port 0x60, attached": (None, "port 0x60 (keyboard)"),
+    }
+    assert "attached: None -> port 0x60 (keyboard)" in str(before.diff(after))
+
+
 def test_pages_of_zeros_and_pages_never_touched_take_nothing() -> None:
     with Machine("256M") as machine:
         machine.load(code(END), 0x1000)
@@ -427,8 +445,10 @@ def test_the_pic_and_the_pit_are_part_of_it() -> None:
         machine.load(
             code("mov al, 0x5a\nout 0x21, al\nmov al, 0x34\nout 0x43, al\nout 0xf4, al\nhlt")
         )
+        before = machine.snapshot()
         machine.run(timeout=10)
         snapshot = machine.snapshot()
+        assert {"irqchip", "pit"} <= set(before.diff(snapshot).devices)
         pit = machine.vm.get_pit()
         machine.vm.set_irqchip(0, bytes(512))
         machine.restore(snapshot)
@@ -437,6 +457,7 @@ def test_the_pic_and_the_pit_are_part_of_it() -> None:
                 assert one.vm.get_irqchip(0) == snapshot.vm.chips[0]
                 assert one.vm.get_irqchip(0)[2] == 0x5A  # the interrupt mask
                 assert one.vm.get_pit()[12:16] == pit[12:16]
+                assert not snapshot.diff(one.snapshot())
 
 
 # Devices ------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """`kvmpy step`: a guest one instruction at a time, with what each instruction did."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -10,15 +9,14 @@ import click
 from kvmpy.boot.image import Image
 from kvmpy.cli import HOST_FAILED, INTERRUPTED, complain
 from kvmpy.cli.run import CRASHED, INPUT, TIMED_OUT, guest_options, image_of, input_of
+from kvmpy.cli.symbols import suggestion
 from kvmpy.devices import exit_status
 from kvmpy.errors import ConfigError
-from kvmpy.exits import Interrupted
 from kvmpy.machine import Machine
 from kvmpy.result import CRASHES, OUTCOMES
 from kvmpy.sizes import parse_address
 from kvmpy.stepping.step import Step
 from kvmpy.views.show import clean
-from kvmpy.views.symbols import places
 
 __all__ = ["step"]
 
@@ -81,15 +79,9 @@ def _place(text: str | None, image: Image) -> int | None:
             return image.symbols[name] + (parse_address(offset) if plus else 0)
         return parse_address(text)
     except ConfigError:
-        known = ", ".join(sorted(_places(image))[:8]) or "none: symbols come from .S and ELF files"
         raise ConfigError(
-            f"{text!r} is no address, and no symbol of {image.name}; it has {known}"
+            f"{text!r} is no address, and no symbol of {image.name}; {suggestion(name, image)}"
         ) from None
-
-
-def _places(image: Image) -> Iterator[str]:
-    for segment in image.segments:
-        yield from places(image.symbols, segment.address, segment.memory_size)
 
 
 def _show(
@@ -109,18 +101,12 @@ def _show(
         if now != mode:
             click.echo(now)
             mode = now
-        for line in _without_signals(last).lines(diff):
+        for line in last.lines(diff):
             click.echo(clean(line))
         shown += 1
         if shown == count:
             return came, last, False
     return came, last, True
-
-
-def _without_signals(step: Step) -> Step:
-    """The step without what is no exit of the guest's: its outcome says that the time was over."""
-    own = tuple(one for one in step.exits if not isinstance(one, Interrupted))
-    return step if len(own) == len(step.exits) else replace(step, exits=own)
 
 
 def _ending(last: Step | None, all_of_it: bool) -> int:

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import Any, Final, NamedTuple
 
 import click
 
 from kvmpy.boot.image import Image
 from kvmpy.bus import FunctionDevice
+from kvmpy.cli.symbols import suggestion
 from kvmpy.errors import AddressError, ConfigError
 from kvmpy.exits import OFFSET_REASON, Interrupted, PortIn, PortOut, exit_kind
 from kvmpy.machine import Machine
@@ -77,9 +77,7 @@ def run_until(machine: Machine, image: Image, place: Place, timeout: float | Non
         return _until_port(machine, place.value, timeout)
     address = image.symbols.get(place.name)
     if address is None:
-        near = get_close_matches(place.name, image.symbols)
-        known = ", ".join(sorted(image.symbols)[:8]) or "none: symbols come from .S and ELF files"
-        meant = f"did you mean {', '.join(near)}?" if near else f"it has {known}"
+        meant = suggestion(place.name, image)
         raise ConfigError(f"{image.name} has no symbol {place.name!r}; {meant}")
     return _until_code(machine, address, place.name, timeout)
 

@@ -21,6 +21,9 @@ _TYPED: Final[dict[str, Any]] = {
     "SREGS": SpecialRegisters,
     "DEBUGREGS": DebugRegisters,
 }
+_PARTS: Final = ("irqchip", "pit", "routes", "console")
+_PIT_CHANNELS: Final = 3
+_PIT_CHANNEL: Final = 24  # bytes of a struct kvm_pit_channel_state; its last 8 are a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,9 @@ class Difference:
     `registers` have names such as "cpu0.rax", "cpu0.msr 0xc0000080" or, of CPUID's leaf 7,
     subleaf 0, "cpu0.cpuid 0x7.0 ebx"; None is in the place of what one of them has not. State that
     has no names is told by that of its ioctl, "cpu0.XSAVE". Clocks that run on by themselves are
-    left out: the TSC and its like, and the VM's clock.
+    left out: the TSC and its like, the VM's clock, and when the PIT's counters were loaded.
+    `devices` are their states, the in-kernel "irqchip", "pit" and GSI "routes", the "console", and,
+    as "port 0x60, attached", devices that only one of the machines had.
     """
 
     pages: tuple[int, ...]
@@ -83,15 +88,18 @@ def difference(one: "Snapshot", other: "Snapshot") -> Difference:
         for name in dict.fromkeys((*before, *after)):
             for part, pair in _state(name, before.get(name, b""), after.get(name, b"")).items():
                 registers[f"cpu{number}.{part}"] = pair
-    devices = {
+    devices: dict[str, tuple[Any, Any]] = {
         name: (one.devices.get(name, b""), other.devices.get(name, b""))
         for name in dict.fromkeys((*one.devices, *other.devices))
         if one.devices.get(name) != other.devices.get(name)
     }
-    if one.vm.chips != other.vm.chips:
-        devices["irqchip"] = (b"".join(one.vm.chips), b"".join(other.vm.chips))
-    if one.console != other.console:
-        devices["console"] = (one.console, other.console)
+    for name, before, after in zip(_PARTS, _parts(one), _parts(other), strict=True):
+        if before != after:
+            devices[name] = (before, after)
+    for claim in dict.fromkeys((*one.attached, *other.attached)):
+        mine, its = (str(claim) if claim in its.attached else None for its in (one, other))
+        if mine != its:
+            devices[f"{claim.bus} {claim.base:#x}, attached"] = (mine, its)
     return Difference(tuple(pages), count, registers, devices)
 
 
@@ -102,6 +110,19 @@ def without_in_use(area: bytes) -> bytes:
     changes by itself (13.6); KVM spells out those values.
     """
     return area[:512] + area[520:]
+
+
+def _parts(snapshot: "Snapshot") -> tuple[Any, ...]:
+    vm = snapshot.vm
+    return b"".join(vm.chips), _without_time(vm.pit), vm.routes, snapshot.console
+
+
+def _without_time(pit: bytes) -> bytes:
+    """A struct kvm_pit_state2 without the host's time at which each counter was loaded."""
+    made = bytearray(pit)
+    for channel in range(_PIT_CHANNELS if pit else 0):
+        made[channel * _PIT_CHANNEL + 16 : (channel + 1) * _PIT_CHANNEL] = bytes(8)
+    return bytes(made)
 
 
 def _state(name: str, before: bytes, after: bytes) -> dict[str, tuple[Any, Any]]:

@@ -7,6 +7,7 @@ from kvmpy.exits import (
     Exit,
     Halt,
     InternalError,
+    Interrupted,
     MmioRead,
     MmioWrite,
     PortIn,
@@ -92,7 +93,8 @@ class Step(Shown):
         # Of operands that are a device's, the exits say it all.
         there = (one for one in self.memory if not self.exits or one.before or one.after)
         below += map(_memory_words, there)
-        below += map(exit_words, self.exits)
+        # A signal is no exit of the guest's: the outcome says what it was for.
+        below += [exit_words(one) for one in self.exits if not isinstance(one, Interrupted)]
         below += [self.note] if self.note else []
         below += map(str, self.transitions)
         if self.outcome:
