@@ -1,6 +1,7 @@
 """What `kvmpy bench` shows beside its table: waterfalls, plots, and whether to trust it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from kvmpy.bench import selftest
 from kvmpy.bench.calls import raiser, timed
 from kvmpy.bench.measurement import Measurement
 from kvmpy.bench.model import Batch, Case, Conditions, Unmeasured
-from kvmpy.bench.plot import check_suffix, plot, ticks
+from kvmpy.bench.plot import check_suffix, figure, plot, ticks
 from kvmpy.bench.runner import pinning
 from kvmpy.bench.waterfall import PARTS, waterfalls
 from kvmpy.bench.waterfall import table as waterfall_table
@@ -103,6 +104,24 @@ def test_the_suffix_chooses_the_format(suffix: str, tmp_path: Path) -> None:
             "Linux 6.1.2, kvmpy 9.8, 2026-01-02",
         ):
             assert word in data.decode()
+
+
+@pytest.mark.parametrize(("count", "pages"), [(12, 1), (13, 3)])
+def test_a_pdf_of_many_operations_has_pages(count: int, pages: int, tmp_path: Path) -> None:
+    """Those of the panels, and that of the waterfalls, which come from the three levels."""
+    more = [Measurement(Case(f"x{at}"), LEVELS[1].batches) for at in range(count - 1)]
+    plot([*LEVELS, *more], FACTS, path := tmp_path / "a.pdf")
+    assert len(re.findall(rb"/Type /Page\b", path.read_bytes())) == pages
+
+
+def test_a_curve_goes_up_by_the_samples_share_at_each_of_them() -> None:
+    samples = np.array([500.0, 300.0, 300.0, 400.0])
+    case = Case("pio-out", "c", "long")
+    made = figure("title", [("pio-out", [Measurement(case, [Batch(case, samples)])])], ())
+    ((line,),) = [axes.get_lines() for axes in made.axes]
+    assert line.get_drawstyle() == "steps-post"
+    assert line.get_xdata().tolist() == [300, 300, 300, 400, 500]
+    assert line.get_ydata().tolist() == [0, 0.25, 0.5, 0.75, 1]
 
 
 @given(low=st.floats(20, 1e7), factor=st.floats(1.2, 1e5))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from math import ceil, floor, log10
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
@@ -11,15 +11,17 @@ from kvmpy.bench.measurement import Measurement
 from kvmpy.bench.waterfall import PARTS, Waterfall, waterfalls
 from kvmpy.errors import ConfigError
 
-__all__ = ["check_suffix", "plot", "ticks"]
+__all__ = ["check_suffix", "figure", "plot", "ticks"]
 
 _COLUMNS: Final = 3
+_PAGE: Final = 12  # panels on a page
 _PANEL: Final = (3.4, 2.5)  # inches, a column of a paper
 _STEPS: Final = 1000  # points of a curve: a file of every sample would be large and look the same
 _LAST: Final = 0.999  # the last thousandth would squeeze all the rest together
 _TICKS: Final = (3, 5)  # as many as there should be, and may be
 _LETTER: Final = 0.036  # of a panel's width, with room beside it
 _STYLE: Final = {"kernel": ":", "c": "-", "python": "--", "-": "-"}
+_Panels: TypeAlias = Sequence[tuple[str, list[Measurement]]]
 _FONT: Final[Any] = {
     "font.size": 8,
     "legend.fontsize": 7,
@@ -44,11 +46,10 @@ def check_suffix(path: Path) -> None:
 def plot(measurements: Sequence[Measurement], environment: dict[str, Any], path: Path) -> None:
     """Draw all that was measured; the suffix of `path` chooses the format.
 
-    Raises ConfigError where the file cannot be written.
+    It is one picture, but for a PDF of more than 12 operations, which has pages. Raises ConfigError
+    where the file cannot be written.
     """
     import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     by_operation: dict[str, list[Measurement]] = {}
     for one in measurements:
@@ -57,27 +58,46 @@ def plot(measurements: Sequence[Measurement], environment: dict[str, Any], path:
     falls = waterfalls(measurements)
     if not by_operation:
         raise ConfigError(f"nothing was measured: there is nothing to plot into {path}")
-    columns = min(_COLUMNS, len(by_operation))
-    rows = ceil(len(by_operation) / columns)
-    below = 1.4 + 0.22 * len(falls) if falls else 0.0
-    with mpl.rc_context(_FONT):
-        width, height = _PANEL[0] * max(columns, 2), _PANEL[1] * rows + below + 0.6
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        grid = figure.add_gridspec(
-            rows + bool(falls),
-            columns,
-            height_ratios=[_PANEL[1]] * rows + [below] * bool(falls),
-        )
-        for at, (operation, found) in enumerate(by_operation.items()):
-            _ecdf(figure.add_subplot(grid[at // columns, at % columns]), operation, found)
+    title, panels = _title(environment), list(by_operation.items())
+    try:
+        with mpl.rc_context(_FONT):
+            if path.suffix.lower() == ".pdf" and len(panels) > _PAGE:
+                _save_pages(path, title, panels, falls)
+            else:
+                figure(title, panels, falls).savefig(path, dpi=200)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _save_pages(path: Path, title: str, panels: _Panels, falls: Sequence[Waterfall]) -> None:
+    from matplotlib.backends.backend_pdf import PdfPages
+
+    with PdfPages(path) as pages:
+        for at in range(0, len(panels), _PAGE):
+            pages.savefig(figure(title, panels[at : at + _PAGE], ()))
         if falls:
-            _stacked(figure.add_subplot(grid[rows, :]), falls)
-        figure.suptitle(_title(environment))
-        try:
-            figure.savefig(path, dpi=200)
-        except OSError as error:
-            raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+            pages.savefig(figure(title, (), falls))
+
+
+def figure(title: str, panels: _Panels, falls: Sequence[Waterfall]) -> Any:
+    """A figure of a panel for each operation, and all waterfalls below them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = max(1, min(_COLUMNS, len(panels)))
+    rows = ceil(len(panels) / columns)
+    below = 1.4 + 0.22 * len(falls) if falls else 0.0
+    width, height = _PANEL[0] * max(columns, 2), _PANEL[1] * rows + below + 0.6
+    made = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(made)
+    heights = [_PANEL[1]] * rows + [below] * bool(falls)
+    grid = made.add_gridspec(len(heights), columns, height_ratios=heights)
+    for at, (operation, found) in enumerate(panels):
+        _ecdf(made.add_subplot(grid[at // columns, at % columns]), operation, found)
+    if falls:
+        _stacked(made.add_subplot(grid[rows, :]), falls)
+    made.suptitle(title)
+    return made
 
 
 def _title(environment: dict[str, Any]) -> str:
