@@ -196,7 +196,7 @@ MISTAKES = (
         "fs-base",
         "non-canonical",
         13,
-        "mov ecx, 0xc0000100; xor eax, eax; mov edx, 0x8000; wrmsr; hlt",
+        "mov ecx, 0xc0000100; xor eax, eax; mov edx, 0x40000000; wrmsr; hlt",
     ),
     Mistake("far-null", "null-selector", 13, "jmp far [x]; x: .long 0x2000; .word 0"),
     Mistake("far-data", "not-code", 13, "jmp far [x]; x: .long 0x2000; .word 0x10"),
@@ -305,7 +305,8 @@ MISTAKES = (
         "mov rax, cr0; btr rax, 31; mov cr0, rax; hlt",
     ),
     Mistake("clear-pae", "pae-cleared", 13, "mov rax, cr4; btr rax, 5; mov cr4, rax; hlt"),
-    Mistake("idtr-base", "non-canonical", 13, "lidt [x]; x: .word 0xfff; .quad 0x800000000000"),
+    # Not 1 << 47: bases may have 57 bits wherever the processor has five levels, in use or not.
+    Mistake("idtr-base", "non-canonical", 13, f"lidt [x]; x: .word 0xfff; .quad {1 << 62}"),
     Mistake("quotient", "divide-error", 0, "mov edx, 5; mov ecx, 2; div ecx; hlt"),
     Mistake("ret-to-nowhere", "no-ram", None, "mov rax, 0xd0000000; push rax; ret"),
 )

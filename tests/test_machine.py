@@ -716,7 +716,7 @@ def test_a_posted_console_hides_exits_and_so_refuses_to_show_them(posted: dict[s
 
 def test_a_posted_machine_can_be_driven_by_its_vcpu(posted: dict[str, Any]) -> None:
     """One floor below, nobody takes the writes out of the ring: the next run does."""
-    with real(writes(40), **posted) as machine:
+    with real(writes(40) + b"\xeb\xfe", **posted) as machine:  # then: jmp itself
         assert machine.cpus[0].run(timeout=5) == Halt()
         machine.cpus[0].set_regs(machine.cpus[0].get_regs())
         assert machine.cpus[0].run(timeout=0.01) == Interrupted("timeout")
