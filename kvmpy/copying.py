@@ -59,8 +59,8 @@ class Copying(Running):
         Exits at hand are finished first. Only pages that changed since the machine's last
         snapshot take memory. Devices take part that have `save_state` and `load_state`
         (`kvmpy.bus.Stateful`). Not part of it: eventfds, statistics and counts, enabled
-        capabilities, `set_guest_debug`, a `stop` that waits, what waits in `input`, and the TSC
-        where KVM does not give each guest its own.
+        capabilities, `set_guest_debug`, a `stop` that waits, what waits in `input`, machine-check
+        banks, and the TSC where KVM does not give each guest its own.
 
         Raises PendingExitError while an exit waits to be seen, ConfigError while a vCPU runs.
         """

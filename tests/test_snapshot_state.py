@@ -144,6 +144,10 @@ MSRS = {
     0x176: 0x8000,  # SYSENTER_EIP
     0xC0000100: 0x5555_0000,  # FS base
     0xC0000101: 0x6666_0000,  # GS base
+    0x277: 0x0007_0406_0007_0401,  # PAT
+    0x202: 0x1000_0006,  # the variable MTRR 1's base
+    0x259: 0x0606_0606,  # the fixed MTRR of 0xa0000
+    0x2FF: 0xC06,  # the MTRRs' default type
 }
 
 

@@ -44,7 +44,15 @@ ORDER: Final = (
 )
 _OF_APIC: Final = ("LAPIC",)
 _CHIPS: Final = range(3)
-_MORE_MSRS: Final = (0xC0000103,)  # TSC_AUX: not in every host's list
+# What a vCPU has and KVM does not list, or not on every host: TSC_AUX, and the MTRRs (of variable
+# and of fixed ranges, and the default type; SDM Vol.3 12.11.2).
+_MORE_MSRS: Final = (
+    0xC0000103,
+    *range(0x200, 0x210),
+    *(0x250, 0x258, 0x259),
+    *range(0x268, 0x270),
+    0x2FF,
+)
 
 CpuState = Mapping[str, bytes]
 """Packed structs by the name of their ioctls, without GET_ and SET_; CPUID among them."""
