@@ -680,6 +680,23 @@ def test_what_xcr0_switches_on_must_be_there(snapshot: Snapshot) -> None:
         host.check_host([{**snapshot.cpus[0], "XSAVE": bytes(area)}])
 
 
+def test_an_msr_that_is_refused_is_not_left_out(snapshot: Snapshot) -> None:
+    packed = snapshot.cpus[0]["MSRS"]
+    lstar, none = 0xC0000082, 1 << 62  # no canonical address
+    altered = b"".join(
+        host.struct.pack("<IIQ", index, 0, none if index == lstar else value)
+        for index, _, value in host.struct.iter_unpack("<IIQ", packed)
+    )
+    assert altered != packed
+    cpus = tuple({**state, "MSRS": altered} for state in snapshot.cpus)
+    values = {name: getattr(snapshot, name) for name in ("config", "images", "vm", "devices")}
+    other = Snapshot(**values, console=b"", entry=snapshot.entry, cpus=cpus)
+    with pytest.raises(UnsupportedError, match="MSR 0xc0000082"):
+        Machine.from_snapshot(other)
+    with machine_of() as machine, pytest.raises(UnsupportedError, match="MSR 0xc0000082"):
+        machine.restore(other)
+
+
 # The format ---------------------------------------------------------------------------------
 
 

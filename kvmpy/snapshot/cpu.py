@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvmpy.abi import IOCTLS
-from kvmpy.errors import ConfigError
+from kvmpy.errors import ConfigError, UnsupportedError
 from kvmpy.interrupts import GsiRoute, IrqchipRoute
 from kvmpy.vcpu import VCPU
 from kvmpy.vm import VM
@@ -18,6 +18,7 @@ from kvmpy.x86.state import ClockData
 
 __all__ = [
     "ORDER",
+    "TIME_STAMPS",
     "CpuState",
     "VmState",
     "load_cpu",
@@ -26,6 +27,7 @@ __all__ = [
     "msr_indices",
     "save_cpu",
     "save_vm",
+    "write_msrs",
 ]
 
 # In the order in which they are written back. The local APIC must be enabled (in SREGS) before its
@@ -42,6 +44,7 @@ ORDER: Final = (
     "MP_STATE",
     "VCPU_EVENTS",
 )
+TIME_STAMPS: Final = (0x10, 0x3B, 0xE7, 0xE8)  # IA32_TSC, _TSC_ADJUST, _MPERF, _APERF
 _OF_APIC: Final = ("LAPIC",)
 _CHIPS: Final = range(3)
 # What a vCPU has and KVM does not list, or not on every host: TSC_AUX, and the MTRRs (of variable
@@ -113,13 +116,29 @@ def load_cpu(vcpu: VCPU, state: CpuState) -> None:
     vcpu.finish()
     for name in ORDER:
         if name == "MSRS":
-            values = {index: value for index, _, value in struct.iter_unpack("<IIQ", state[name])}
-            # A host may list what it refuses to have written, the APIC's base without an APIC.
-            vcpu.set_msrs(values, strict=False)
+            write_msrs(vcpu, state[name])
         elif name == "SREGS":
             vcpu.set_packed_sregs(state[name])
         elif name in state:
             vcpu.write_state(f"SET_{name}", state[name])
+
+
+def write_msrs(vcpu: VCPU, packed: bytes) -> dict[int, int]:
+    """Write MSRs; those of them that the vCPU has taken, by index.
+
+    A host may list what it refuses to have written, as that of asynchronous page faults without an
+    APIC. Raises UnsupportedError if one of those has another value than it should.
+    """
+    values = {index: value for index, _, value in struct.iter_unpack("<IIQ", packed)}
+    refused = vcpu.set_msrs(values, strict=False)
+    for index in refused:
+        value, found = values.pop(index), vcpu.get_msrs([index])[index]
+        if found != value and index not in TIME_STAMPS:
+            raise UnsupportedError(
+                f"the snapshot has {value:#x} in MSR {index:#x}, and this host's vCPUs refuse that "
+                f"(here: {found:#x}); use a host like that which it was taken on"
+            )
+    return values
 
 
 def save_vm(vm: VM) -> VmState:

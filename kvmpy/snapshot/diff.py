@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from kvmpy.errors import ConfigError
 from kvmpy.kvm import unpack_cpuid
 from kvmpy.memory import PAGE_SIZE
+from kvmpy.snapshot.cpu import TIME_STAMPS
 from kvmpy.x86.registers import Registers
 from kvmpy.x86.state import DebugRegisters, SpecialRegisters
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Difference", "difference", "without_in_use"]
 
-TIME_STAMPS: Final = (0x10, 0x3B, 0xE7, 0xE8)  # IA32_TSC, _TSC_ADJUST, _MPERF, _APERF
 _TYPED: Final[dict[str, Any]] = {
     "REGS": Registers,
     "SREGS": SpecialRegisters,

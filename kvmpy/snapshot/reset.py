@@ -14,7 +14,7 @@ from kvmpy.calls import Call, ioctl, native
 from kvmpy.errors import ConfigError
 from kvmpy.exits import OFFSET_CR8, OFFSET_DIRTY_REGS
 from kvmpy.memory import PAGE_SIZE, Memory
-from kvmpy.snapshot.cpu import ORDER, CpuState, load_routes
+from kvmpy.snapshot.cpu import ORDER, CpuState, load_routes, write_msrs
 from kvmpy.snapshot.image import set_bits
 from kvmpy.snapshot.pages import put_back
 from kvmpy.snapshot.snapshot import Snapshot
@@ -222,8 +222,6 @@ class Resetter:
 
 def accepted_msrs(cpu: VCPU, packed: bytes) -> bytearray:
     """The MSRs that the vCPU takes back: KVM stops at the first that it refuses."""
-    values = {index: value for index, _, value in struct.iter_unpack("<IIQ", packed)}
-    refused = cpu.set_msrs(values, strict=False)
-    left = [(index, value) for index, value in values.items() if index not in refused]
-    entries = b"".join(struct.pack("<IIQ", index, 0, value) for index, value in left)
-    return bytearray(struct.pack("<II", len(left), 0) + entries)
+    taken = write_msrs(cpu, packed)
+    entries = b"".join(struct.pack("<IIQ", index, 0, value) for index, value in taken.items())
+    return bytearray(struct.pack("<II", len(taken), 0) + entries)

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 from kvmpy.abi import ffi, host_error, lib
 from kvmpy.calls import Call, ioctl, native, open_file
 from kvmpy.capabilities import CAPABILITIES
+from kvmpy.errors import UnsupportedError
 from kvmpy.kvm import KVM
 from kvmpy.memory import Memory
 from kvmpy.snapshot.cpu import CpuState, save_cpu
@@ -73,7 +74,10 @@ class Plan:
                 self.possible = cpu.can_sync & _SYNC_ALL == _SYNC_ALL
                 """Whether this host can do it this way."""
                 fresh = save_cpu(cpu, listed, apic=False)
-                states = [_differing(cpu, state, fresh) for state in snapshot.cpus]
+                try:
+                    states = [_differing(cpu, state, fresh) for state in snapshot.cpus]
+                except UnsupportedError:  # before other state, which may allow it: CR4.LA57, say
+                    self.possible, states = False, [{} for _ in snapshot.cpus]
             wanted = vm.check_extension("DISABLE_QUIRKS2") & quirks
             for_vmx = vm.for_vmx
         self._slots = [
