@@ -4,7 +4,7 @@ import errno
 import os
 import struct
 from functools import cache, cached_property
-from typing import Self
+from typing import Final, Self
 
 from kvmpy.abi import IOCTLS, lib
 from kvmpy.capabilities import CAPABILITIES, capability_number
@@ -155,14 +155,28 @@ def unpack_cpuid(data: bytes) -> list[CPUIDEntry]:
     return [CPUIDEntry.unpack(data[at : at + 40]) for at in range(0, len(data), 40)]
 
 
-_supported_cpuid: dict[int, bytes] = {}
+_supported_cpuid: dict[int, tuple[bytes, list[tuple[int, int]]]] = {}
+_APIC_IDS: Final = {1: (19, 1), 0xB: (24, 4), 0x1F: (24, 4), 0x8000001E: (12, 4)}
+"""Where a leaf's struct kvm_cpuid_entry2 has the APIC ID, and in how many bytes."""
 
 
-def packed_cpuid(kvm: KVM) -> bytes:
-    """What the host supports, packed; asked once per process, since it takes a while."""
+def packed_cpuid(kvm: KVM, number: int = 0) -> bytes:
+    """What the host supports, packed, for a vCPU of that number, which is its APIC ID.
+
+    KVM has in its place the APIC ID of the host's CPU that it was asked on.
+    """
     process = os.getpid()
-    if process not in _supported_cpuid:
+    if process not in _supported_cpuid:  # once per process, since it takes a while
         _supported_cpuid.clear()
         entries = kvm.get_supported_cpuid()
-        _supported_cpuid[process] = b"".join(entry.pack() for entry in entries)
-    return _supported_cpuid[process]
+        places = []
+        for at, entry in enumerate(entries):
+            if entry.function in _APIC_IDS:
+                offset, size = _APIC_IDS[entry.function]
+                places.append((CPUIDEntry.SIZE * at + offset, size))
+        _supported_cpuid[process] = b"".join(entry.pack() for entry in entries), places
+    packed, places = _supported_cpuid[process]
+    made = bytearray(packed)
+    for place, size in places:
+        made[place : place + size] = number.to_bytes(4, "little")[:size]
+    return bytes(made)

@@ -207,7 +207,7 @@ class Machine(Spawning, Attaching, Viewing, Debugging):
         cpu = self.vm.create_vcpu()
         cpu.loop.routes = self.dispatch.routes
         cpu.finisher = partial(self._finish_exit, cpu)
-        cpu.set_cpuid2(cpuid or packed_cpuid(self.kvm))
+        cpu.set_cpuid2(cpuid or packed_cpuid(self.kvm, cpu.index))
         if self._posted:
             cpu.watch_ring()
 

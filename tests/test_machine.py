@@ -23,6 +23,7 @@ from kvmpy import (
     PortOut,
     Shutdown,
     UnsupportedError,
+    assemble,
 )
 from kvmpy.bus import Claim, Device
 from kvmpy.devices.native import Capture, Constant, Counter, Sink
@@ -529,6 +530,24 @@ def test_there_is_no_vcpu_of_a_number_out_of_range(kvm_host: None) -> None:
         for number in (2, -1):
             with pytest.raises(ConfigError, match=f"no vCPU {number}"):
                 machine.run(cpu=number)
+
+
+def test_cpuid_says_which_vcpu_it_is_asked_on(kvm_host: None) -> None:
+    """And not which of the host's CPUs the process was on."""
+    guest = assemble("mov eax, 1; cpuid; mov eax, ebx; out 0xf4, eax", at=0x1000)
+    with Machine("1M", cpus=3) as machine:
+        machine.load(guest)
+        first = machine.cpus[0]
+        regs, sregs = first.get_regs(), first.get_sregs()
+        regs.rip = 0x1000
+        for number, cpu in enumerate(machine.cpus):
+            for leaf in cpu.get_cpuid2():
+                if leaf.function in (0xB, 0x1F):
+                    assert leaf.edx == number
+            cpu.set_sregs(sregs)
+            cpu.set_regs(regs)
+            ended = machine.run(timeout=10, cpu=number)
+            assert isinstance(ended.value, int) and ended.value >> 24 == number
 
 
 def test_a_closed_machine_says_so(kvm_host: None) -> None:
