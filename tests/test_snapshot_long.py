@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_snapshot import COUNTING, DATA, MEMORY, attach, code, machine_of
@@ -94,6 +95,30 @@ def test_ram_of_which_little_is_used_takes_little() -> None:
             assert not any(other.memory.read(far + 4096, 5))
         assert other.snapshot().diff(first).pages == ()
         assert shared_memory() - before < 512 << 20
+
+
+def private_memory() -> int:
+    """Bytes that this process shares with nobody and no file."""
+    with open("/proc/self/status") as file:
+        (line,) = (line for line in file if line.startswith("RssAnon:"))
+    return int(line.split()[1]) << 10
+
+
+def test_increments_take_no_more_than_their_pages(tmp_path: Path) -> None:
+    """Who takes, compares or saves them keeps no copy of all that has changed since the first."""
+    much, kept = 8 << 20, []
+    with Machine("64M") as machine:
+        machine.snapshot()
+        machine.memory.write(0x100000, os.urandom(much))
+        for number in range(1, 12):
+            machine.memory.write(DATA, bytes([number]))
+            kept.append(machine.snapshot())
+            if number == 1:
+                before = private_memory()
+        assert kept[-1].diff(kept[-3]).pages == (DATA,)
+        kept[-2].save(tmp_path / "one")
+        assert kept[0].read(DATA, 1) == b"\1"
+        assert private_memory() - before < 4 * much
 
 
 STARVED = """

@@ -80,9 +80,10 @@ def difference(one: "Snapshot", other: "Snapshot") -> Difference:
         raise ConfigError("snapshots of machines with other RAM or vCPUs have nothing to compare")
     pages, count = [], 0
     for here, there in zip(one.images, other.images, strict=True):
-        for page in here.differing(there):
+        for page, old, new in here.differing(there):
             pages.append(here.address + page * PAGE_SIZE)
-            count += sum(a != b for a, b in zip(here.read(page), there.read(page), strict=True))
+            changed = int.from_bytes(old, "little") ^ int.from_bytes(new, "little")
+            count += PAGE_SIZE - changed.to_bytes(PAGE_SIZE, "little").count(0)
     registers: dict[str, tuple[Any, Any]] = {}
     for number, (before, after) in enumerate(zip(one.cpus, other.cpus, strict=True)):
         for name in dict.fromkeys((*before, *after)):

@@ -213,16 +213,24 @@ class Image:
         return region
 
     def view(self) -> mmap.mmap:
-        """The whole content, mapped; kept, since what compares and resets reads it often."""
+        """The whole content, mapped; kept, since what goes back to it reads it often."""
         if self._view is None:
-            base = self.base
-            view = _mapping(self.size)
-            # Put in the place of another: Python's mmap of a file would keep a descriptor of it.
-            start = address_of(view)
-            checked(lib.kvmpy_remap(pointer(start), self.size, base.fd, base.offset), _MAPPING)
-            self.add_increments(start)
-            self._view = view
+            self._view = self.mapped()
         return self._view
+
+    def mapped(self) -> mmap.mmap:
+        """The same for who looks once: if it is not kept already, it goes with what is returned.
+
+        In it are copies of all pages of the chain's increments, and nobody counts those.
+        """
+        if self._view is not None:
+            return self._view
+        base, view = self.base, _mapping(self.size)
+        # Put in the place of another: Python's mmap of a file would keep a descriptor of it.
+        start = address_of(view)
+        checked(lib.kvmpy_remap(pointer(start), self.size, base.fd, base.offset), _MAPPING)
+        self.add_increments(start)
+        return view
 
     def holding(self) -> Bitmap:
         """The pages that can be other than zero; to look at the others would take memory."""
@@ -231,11 +239,6 @@ class Image:
             for first, count in data_pages(base.fd, base.offset, base.size):
                 mark(marked, first, count)
         return marked
-
-    def read(self, page: int) -> bytes:
-        """One page of the content."""
-        at = page * PAGE_SIZE
-        return self.view()[at : at + PAGE_SIZE]
 
     def add_increments(self, start: int) -> None:
         """Bring a mapping of the base at host address `start` to this image's content."""
@@ -247,10 +250,13 @@ class Image:
                 checked(lib.kvmpy_remap(source, self.size, image.fd, image.offset), _MAPPING)
                 lib.kvmpy_copy_pages(pointer(start), source, self.pages, words(image.changed))
 
-    def differing(self, other: "Image") -> list[int]:
-        """The numbers of the pages in which two images of a region differ."""
+    def differing(self, other: "Image") -> Iterator[tuple[int, bytes, bytes]]:
+        """The pages in which two images of a region differ: number, content here and there."""
         marks = Image.since_base if self.base is other.base else Image.holding
         marked = united(marks(self), marks(other))
-        here, there = (pointer(address_of(image.view())) for image in (self, other))
-        lib.kvmpy_differing(here, there, self.pages, words(marked))
-        return bits(marked)
+        here, there = self.mapped(), other.mapped()
+        starts = (pointer(address_of(view)) for view in (here, there))
+        lib.kvmpy_differing(*starts, self.pages, words(marked))
+        for page in bits(marked):
+            place = slice(page * PAGE_SIZE, (page + 1) * PAGE_SIZE)
+            yield page, here[place], there[place]

@@ -60,8 +60,10 @@ def capture(region: Memory, *, from_base: bool = False) -> Image:
     if isinstance(origin, Image):
         if from_base:
             marked, origin = united(marked, origin.since_base()), origin.base
-        there = pointer(address_of(origin.view()))
+        before = origin.mapped()
+        there = pointer(address_of(before))
         count = lib.kvmpy_differing(start, there, pages, words(marked))
+        del before
         if count <= pages // _FLATTEN:
             stored = bytearray(marked)
             lib.kvmpy_not_zero(start, pages, words(stored))

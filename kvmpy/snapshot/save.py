@@ -1,6 +1,7 @@
 """Writing a snapshot to a file: stored pages, repeats, values, tables, and the header last."""
 
 import errno
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,14 +30,15 @@ def save(path: Path, images: Sequence[Image], what: Contents, compress: str | No
     with new_file(path) as fd:
         end, tables = Header.SIZE, []
         for image in images:
-            table = _table(image)
+            content = image.mapped()
+            table = _table(image, content)
             if compressed is None:
                 _keep_few_repeats(table)
                 table.offset = end
-                _write_in_place(fd, image, table)
+                _write_in_place(fd, content, table)
                 end += image.size
             else:
-                end = _write_compressed(fd, image, table, end, compressed)
+                end = _write_compressed(fd, content, table, end, compressed)
             tables.append(table)
         packed = pack_tables(tables)
         if max(len(values), len(packed)) > MOST_BYTES:
@@ -70,10 +72,9 @@ def _write(fd: int, data: bytes, offset: int) -> None:
         left, offset = left[done:], offset + done
 
 
-def _table(image: Image) -> RegionTable:
+def _table(image: Image, view: mmap.mmap) -> RegionTable:
     """Which pages of an image are to be stored, and which repeat one of those."""
     marked = image.holding()
-    view = image.view()
     start = ffi.cast("uint8_t *", address_of(view))
     lib.kvmpy_not_zero(start, image.pages, words(marked))
     table = RegionTable(image.address, image.size, image.readonly, 0, marked)
@@ -101,20 +102,23 @@ def _keep_few_repeats(table: RegionTable) -> None:
         table.repeats.clear()
 
 
-def _write_in_place(fd: int, image: Image, table: RegionTable) -> None:
+def _write_in_place(fd: int, content: mmap.mmap, table: RegionTable) -> None:
     """Each stored page at its own place, so that the file can be mapped as RAM."""
-    with memoryview(image.view()) as view:
+    with memoryview(content) as view:
         for runs in block_runs(table.stored):
             table.blocks.append(Block(0, 0, digest(*_pieces(view, runs))))
-    start = ffi.cast("uint8_t *", address_of(image.view()))
-    result = lib.kvmpy_write_pages(fd, table.offset, start, image.pages, words(table.stored))
+    start = ffi.cast("uint8_t *", address_of(content))
+    pages = table.size // PAGE_SIZE
+    result = lib.kvmpy_write_pages(fd, table.offset, start, pages, words(table.stored))
     if result < 0:
         raise host_error(-result, "writing the pages of a snapshot")
 
 
-def _write_compressed(fd: int, image: Image, table: RegionTable, end: int, compressed: Any) -> int:
+def _write_compressed(
+    fd: int, content: mmap.mmap, table: RegionTable, end: int, compressed: Any
+) -> int:
     """Each block of stored pages, compressed, one after another from `end` on; the new end."""
-    with memoryview(image.view()) as view:
+    with memoryview(content) as view:
         for runs in block_runs(table.stored):
             data = compressed(b"".join(_pieces(view, runs)))
             _write(fd, data, end)
