@@ -17,7 +17,7 @@ from kvmpy.devices import Capture, Counter, PostCode, Serial16550A, standard
 from kvmpy.devices.reset import ResetControl
 from kvmpy.interrupts import MsiRoute
 from kvmpy.memory import PAGE_SIZE
-from kvmpy.snapshot import Plan
+from kvmpy.snapshot import Image, Plan
 from kvmpy.snapshot.diff import without_in_use
 from kvmpy.x86.state import MPState
 
@@ -301,6 +301,26 @@ def test_copies_do_not_see_each_others_writes(counting: Machine) -> None:
         assert other.memory.read(DATA, 3) == b"two"
         assert snapshot.read(DATA, 1) == b"\x03"
         assert one.run(max_exits=1, timeout=10).outcome == "max-exits"
+
+
+def test_threads_that_look_at_a_snapshot_first_see_the_same_bytes(
+    counting: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Addresses in what each has got are used for as long as the snapshot is there."""
+    counting.snapshot()
+    counting.memory.write(DATA, b"changed")
+    image = counting.snapshot().images[0]
+    real, others = Image.add_increments, []
+
+    def meanwhile(self: Image, start: int) -> None:
+        real(self, start)
+        if not others:  # another thread comes before this one is done
+            others.append(None)
+            others[0] = image.view()
+
+    monkeypatch.setattr(Image, "add_increments", meanwhile)
+    mine = image.view()
+    assert mine is others[0] and mine is image.view()
 
 
 def test_a_snapshot_outlives_its_machine() -> None:

@@ -163,7 +163,7 @@ class Image:
         self.fd, self.offset = fd, offset
         self.parent, self.changed = parent, changed
         self._stored = stored
-        self._view: mmap.mmap | None = None
+        self._kept: dict[str, mmap.mmap] = {}
         self._close = weakref.finalize(self, os.close, fd)
 
     @property
@@ -214,17 +214,18 @@ class Image:
 
     def view(self) -> mmap.mmap:
         """The whole content, mapped; kept, since what goes back to it reads it often."""
-        if self._view is None:
-            self._view = self.mapped()
-        return self._view
+        if not self._kept:
+            # Several threads may come here at once: addresses in what one got must stay good.
+            self._kept.setdefault("view", self.mapped())
+        return self._kept["view"]
 
     def mapped(self) -> mmap.mmap:
         """The same for who looks once: if it is not kept already, it goes with what is returned.
 
         In it are copies of all pages of the chain's increments, and nobody counts those.
         """
-        if self._view is not None:
-            return self._view
+        if self._kept:
+            return self._kept["view"]
         base, view = self.base, _mapping(self.size)
         # Put in the place of another: Python's mmap of a file would keep a descriptor of it.
         start = address_of(view)
