@@ -38,6 +38,9 @@ class Spawning(Copying):
     ) -> Self:
         """A new machine at a snapshot, which shares the snapshot's pages until it writes them.
 
+        Of a snapshot with a parent, it has copies of the pages that changed since the first of the
+        chain: saved and loaded, a snapshot has no parent.
+
         `attach(machine)` attaches the devices that are not standard ones, before their state
         is loaded: those of `on_port` and `on_mmio`, too. `options` are `output` and `input` of
         `Machine`. Raises ConfigError where the snapshot's machine had a device and nobody has

@@ -135,7 +135,11 @@ class Snapshot:
 
     @property
     def size(self) -> int:
-        """The bytes of memory that it takes beside its parent's: its pages and states."""
+        """The bytes of memory that it takes beside its parent's: its pages and states.
+
+        Once a machine has gone back to it, or something was read of it, also a copy of each page
+        that has changed since the first of its chain of parents.
+        """
         states = sum(len(data) for state in self.cpus for data in state.values())
         devices = sum(map(len, self.devices.values()))
         return sum(image.stored for image in self.images) + states + devices + len(self.console)
