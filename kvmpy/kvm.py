@@ -4,12 +4,13 @@ import errno
 import os
 import struct
 from functools import cache, cached_property
-from typing import Final, Self
+from typing import Final, Self, TypeAlias
 
 from kvmpy.abi import IOCTLS, lib
 from kvmpy.capabilities import CAPABILITIES, capability_number
 from kvmpy.descriptor import Descriptor
 from kvmpy.errors import HostError, KVMUnavailableError, UnsupportedError
+from kvmpy.once import Once
 from kvmpy.vm import VM
 from kvmpy.x86.state import CPUIDEntry
 
@@ -155,7 +156,9 @@ def unpack_cpuid(data: bytes) -> list[CPUIDEntry]:
     return [CPUIDEntry.unpack(data[at : at + 40]) for at in range(0, len(data), 40)]
 
 
-_supported_cpuid: dict[int, tuple[bytes, list[tuple[int, int]]]] = {}
+_Places: TypeAlias = list[tuple[int, int]]
+
+_supported_cpuid: Final = Once[tuple[bytes, _Places]]()
 _APIC_IDS: Final = {1: (19, 1), 0xB: (24, 4), 0x1F: (24, 4), 0x8000001E: (12, 4)}
 """Where a leaf's struct kvm_cpuid_entry2 has the APIC ID, and in how many bytes."""
 
@@ -165,18 +168,19 @@ def packed_cpuid(kvm: KVM, number: int = 0) -> bytes:
 
     KVM has in its place the APIC ID of the host's CPU that it was asked on.
     """
-    process = os.getpid()
-    if process not in _supported_cpuid:  # once per process, since it takes a while
-        _supported_cpuid.clear()
-        entries = kvm.get_supported_cpuid()
-        places = []
-        for at, entry in enumerate(entries):
-            if entry.function in _APIC_IDS:
-                offset, size = _APIC_IDS[entry.function]
-                places.append((CPUIDEntry.SIZE * at + offset, size))
-        _supported_cpuid[process] = b"".join(entry.pack() for entry in entries), places
-    packed, places = _supported_cpuid[process]
+    # Once per process, since it takes a while.
+    packed, places = _supported_cpuid.get(lambda: _with_places(kvm.get_supported_cpuid()))
     made = bytearray(packed)
     for place, size in places:
         made[place : place + size] = number.to_bytes(4, "little")[:size]
     return bytes(made)
+
+
+def _with_places(entries: list[CPUIDEntry]) -> tuple[bytes, _Places]:
+    """Entries packed, and where they have an APIC ID of so many bytes."""
+    places = []
+    for at, entry in enumerate(entries):
+        if entry.function in _APIC_IDS:
+            offset, size = _APIC_IDS[entry.function]
+            places.append((CPUIDEntry.SIZE * at + offset, size))
+    return b"".join(entry.pack() for entry in entries), places

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "kvmpy"
 ROOMS = (
     {"errors"},
     {"abi"},
-    {"exits", "sizes", "capabilities", "access", "x86"},
+    {"exits", "sizes", "capabilities", "access", "once", "x86"},
     {"memory", "bus", "modes", "views"},
     {
         "calls",

@@ -14,6 +14,7 @@ import pytest
 from kvmpy import KVM, HostError, KvmpyError, KVMUnavailableError, Machine, abi
 from kvmpy import kvm as kvm_module
 from kvmpy.abi import lib
+from kvmpy.once import Once
 from kvmpy.x86.state import SpecialRegisters
 
 pytestmark = pytest.mark.usefixtures("kvm_host")
@@ -141,7 +142,7 @@ SCENARIOS = [by_parts, by_machine]
 @pytest.fixture(autouse=True)
 def no_memory_of_cpuid(monkeypatch: pytest.MonkeyPatch) -> None:
     """Machines ask for CPUID once per process; here each asks."""
-    monkeypatch.setattr("kvmpy.kvm._supported_cpuid", {})
+    monkeypatch.setattr("kvmpy.kvm._supported_cpuid", Once())
 
 
 def fails_everywhere(
@@ -154,14 +155,14 @@ def fails_everywhere(
     scenario()
     before, space = resources(), address_space()
     sabotage(saboteur)
-    kvm_module._supported_cpuid.clear()
+    kvm_module._supported_cpuid.forget()
     scenario()
     steps = list(saboteur.calls)
     assert len(steps) > 1 and resources() == before
     for number, step in enumerate(steps):
         saboteur.calls.clear()
         saboteur.fails_at = number
-        kvm_module._supported_cpuid.clear()
+        kvm_module._supported_cpuid.forget()
         with pytest.raises(expected) as caught:
             scenario()
         del caught

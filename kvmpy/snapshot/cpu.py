@@ -3,15 +3,16 @@
 It is kept as bytes and written back as bytes: nothing is lost that kvmpy has no name for.
 """
 
-import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 from kvmpy.abi import IOCTLS
 from kvmpy.errors import ConfigError, UnsupportedError
 from kvmpy.interrupts import GsiRoute, IrqchipRoute
+from kvmpy.once import Once
 from kvmpy.vcpu import VCPU
 from kvmpy.vm import VM
 from kvmpy.x86.state import ClockData
@@ -71,23 +72,19 @@ class VmState:
     routes: tuple[GsiRoute, ...] | None = None
 
 
-_readable: dict[int, tuple[int, ...]] = {}
+_readable: Final = Once[tuple[int, ...]]()
 
 
 def msr_indices(vcpu: VCPU, listed: tuple[int, ...]) -> tuple[int, ...]:
     """The MSRs that this host's vCPUs have; asked for one by one, once per process."""
-    process = os.getpid()
-    if process not in _readable:
-        _readable.clear()
-        found = []
-        for index in dict.fromkeys((*listed, *_MORE_MSRS)):
-            try:
-                vcpu.get_msrs([index])
-            except ConfigError:
-                continue
-            found.append(index)
-        _readable[process] = tuple(found)
-    return _readable[process]
+    return _readable.get(lambda: tuple(_found(vcpu, listed)))
+
+
+def _found(vcpu: VCPU, listed: tuple[int, ...]) -> Iterator[int]:
+    for index in dict.fromkeys((*listed, *_MORE_MSRS)):
+        with suppress(ConfigError):
+            vcpu.get_msrs([index])
+            yield index
 
 
 def save_cpu(vcpu: VCPU, listed: tuple[int, ...], *, apic: bool) -> CpuState:

@@ -4,13 +4,13 @@ A vCPU that runs on with less than its guest was told that it has fails at some 
 guest; so a snapshot from another host is refused before that.
 """
 
-import os
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from kvmpy.errors import UnsupportedError
 from kvmpy.kvm import KVM, packed_cpuid, unpack_cpuid
+from kvmpy.once import Once
 from kvmpy.snapshot.cpu import CpuState, msr_indices
 from kvmpy.x86.state import CPUIDEntry, XCRs
 
@@ -54,7 +54,7 @@ class _Host(NamedTuple):
     xsave: int
 
 
-_here: Final[dict[int, _Host]] = {}
+_here: Final = Once[_Host]()
 
 
 def _host() -> _Host:
@@ -63,18 +63,13 @@ def _host() -> _Host:
     What a vCPU reads back counts beside what KVM says that it supports: not every KVM lets CPUID be
     set, and then each vCPU has more than that.
     """
-    process = os.getpid()
-    if process not in _here:
-        with KVM() as kvm, kvm.create_vm() as vm:
-            packed = packed_cpuid(kvm)
-            vcpu = vm.create_vcpu()
-            vcpu.set_cpuid2(packed)
-            leaves = (_leaves(unpack_cpuid(packed)), _leaves(vcpu.get_cpuid2()))
-            msrs = frozenset(msr_indices(vcpu, tuple(kvm.get_msr_index_list())))
-            host = _Host(leaves, msrs, len(vcpu.get_xsave()))
-        _here.clear()
-        _here[process] = host
-    return _here[process]
+    with KVM() as kvm, kvm.create_vm() as vm:
+        packed = packed_cpuid(kvm)
+        vcpu = vm.create_vcpu()
+        vcpu.set_cpuid2(packed)
+        leaves = (_leaves(unpack_cpuid(packed)), _leaves(vcpu.get_cpuid2()))
+        msrs = frozenset(msr_indices(vcpu, tuple(kvm.get_msr_index_list())))
+        return _Host(leaves, msrs, len(vcpu.get_xsave()))
 
 
 def _leaves(entries: Sequence[CPUIDEntry]) -> _Leaves:
@@ -83,7 +78,7 @@ def _leaves(entries: Sequence[CPUIDEntry]) -> _Leaves:
 
 def check_host(cpus: Sequence[CpuState]) -> None:
     """Raise UnsupportedError, naming what vCPUs in that state need and this host lacks."""
-    host = _host()
+    host = _here.get(_host)
     for state in cpus:
         if missing := [*_missing(state, host)]:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
