@@ -28,7 +28,7 @@ _TIMEOUT: Final = 1.0  # seconds: a guest that waits for what does not come is t
 
 def _undefined(random: Random) -> Sequence[Case]:
     def case(count: int) -> Case:
-        registers = random_registers(random)
+        registers = random_registers(random, "rax")
         failing = "\n".join(["ud2"] * count)
         source = registers_stored(registers, failing, _RESULTS) + "\nret"
         return Case(

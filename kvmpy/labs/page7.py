@@ -102,7 +102,7 @@ def _lines(random: Random) -> Sequence[Case]:
 
     letters = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJ 0123456789 "
     line = "".join(random.choices(letters, k=random.randrange(10, 30)))
-    return [case("abc"), case(line + "@[`{")]
+    return [case("abc"), case(line + "az@[`{")]
 
 
 def _asks_first(run: Run) -> Finding:

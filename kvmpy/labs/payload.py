@@ -11,7 +11,7 @@ from kvmpy.machine import Machine
 __all__ = ["KEPT", "keeps_registers", "place", "random_registers", "registers_stored", "stored"]
 
 KEPT: Final = ("rbx", "rcx", "rdx", "rsi", "rdi", "rbp", *(f"r{n}" for n in range(8, 16)))
-"""The registers that are compared: all but RAX and RSP."""
+"""The registers that are compared, and RAX where it is no answer; RSP never is."""
 
 
 def place(machine: Machine, address: int, source: str) -> None:
@@ -19,9 +19,9 @@ def place(machine: Machine, address: int, source: str) -> None:
     machine.memory.write(address, assemble(source, at=address))
 
 
-def random_registers(random: Random) -> dict[str, int]:
-    """A number for each of `KEPT`."""
-    return {name: random.getrandbits(64) for name in KEPT}
+def random_registers(random: Random, *more: str) -> dict[str, int]:
+    """A number for each of `KEPT`, and of `more`."""
+    return {name: random.getrandbits(64) for name in (*KEPT, *more)}
 
 
 def registers_stored(values: dict[str, int], between: str, address: int) -> str:

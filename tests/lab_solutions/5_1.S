@@ -1,6 +1,7 @@
 # undefined - exercise 5.1
 # mode: long
 # variant: ("add     qword ptr [rsp], 2", "mov     esi, 1; add     qword ptr [rsp], 2", "changes registers of the code that it interrupts: rsi")
+# variant: ("add     qword ptr [rsp], 2", "mov     al, 1; add     qword ptr [rsp], 2", "changes registers of the code that it interrupts: rax")
 # variant: (".space  6 * 16", ".space  5 * 16", "it ended so: triple fault")
 # variant: ("iretq", "hlt", "it should end by writing 0x1 to port 0xf4")
 # variant: ("add     qword ptr [rsp], 2", "nop", "it did not end: after 1 s it was stopped")

@@ -1,6 +1,8 @@
 # louder - exercise 7.3
 # mode: long
 # variant: ("jz      receive", "nop; nop", "it reads port 0x3f8 without having seen DR")
+# variant: ("ja      send", "jae     send", "it prints")
+# variant: ("jb      send", "jbe     send", "it prints")
 # variant: ("cmp     bl, 'z'", "cmp bl, 0x7f", "it prints")
 receive:
         mov     dx, 0x3fd
