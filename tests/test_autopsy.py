@@ -439,6 +439,9 @@ STATES = (
     ("privileged", 13, "rdpmc", "long", 3, lambda s: None),
     ("null-selector", 13, "mov eax, [0x2000]", "protected", 0,
      lambda s: setattr(s.special.ds, "unusable", 1)),
+    # Its code has 16 bits because it was asked to, which is no mistake.
+    ("segment-limit", 13, "mov ebx, 0x12345; mov ax, [ebx]", "protected16", 0,
+     lambda s: (setattr(s.registers, "rbx", 0x12345), setattr(s.registers, "rip", 0x1006))),
     ("page-not-present", 14, "xlatb", "long", 0,
      lambda s: setattr(s.registers, "rbx", 1 << 40)),
     ("page-not-present", 14, "bts [0x2000], rax", "long", 0,

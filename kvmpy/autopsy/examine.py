@@ -15,6 +15,8 @@ from kvmpy.autopsy.zeros import check_zeros
 from kvmpy.views.descriptors import look_up
 from kvmpy.x86.exceptions import EXCEPTIONS, GuestException
 from kvmpy.x86.flags import CR0, RFLAGS
+from kvmpy.x86.segments import Segment
+from kvmpy.x86.tables import Selector
 
 __all__ = ["Finding", "explain_exception", "explain_gap", "explain_shutdown", "first_fault"]
 
@@ -92,6 +94,8 @@ def _wrong_size(scene: Scene) -> str:
     segment = look_up(scene.read, scene.special, selector).segment
     if not selector & ~3 or segment is None or not segment.s or not segment.type & 8:
         return ""
+    if selector == Selector.CODE16 and segment == Segment.code16(Selector.CODE16):
+        return ""  # kvmpy's own: the guest was started in it
     if segment.db or segment.l:
         return ""
     return f"CS is {selector:#x}, whose descriptor has L = 0 and D = 0: the code is read as 16-bit"
