@@ -16,7 +16,10 @@ from kvmpy.x86.flags import CR0, CR4, EFER
 __all__ = ["check_load", "check_move", "check_msr"]
 
 _SEGMENTS: Final = ("ss", "ds", "es", "fs", "gs")
-_NO_REGISTERS: Final = {f"cr{number}" for number in (1, 5, 6, 7, *range(9, 16))}
+_NO_REGISTERS: Final = {f"cr{number}" for number in (1, 5, 6, 7, *range(9, 16))} | {
+    f"dr{number}" for number in range(8, 16)
+}
+_DEBUG_ALIASES: Final = {"dr4", "dr5"}  # of DR6 and DR7, until CR4.DE is set
 _EFER_MSR: Final = 0xC000_0080
 _EFER_KNOWN: Final = sum(EFER)
 _BASES: Final = {
@@ -55,20 +58,36 @@ def check_move(scene: Scene, instruction: Instruction) -> Fault | None:
         return check_segment(scene, target, instruction.value(1, 2))
     if {target, instruction.register_operand(1)} & _NO_REGISTERS:
         return Fault("invalid-opcode", f"{instruction.text}: there is no such register", UD)
+    aliases = {target, instruction.register_operand(1)} & _DEBUG_ALIASES
+    if aliases and scene.special.cr4 & CR4.DE:
+        name = aliases.pop().upper()
+        why = f"{instruction.text} with CR4.DE (bit 3) set: {name} is reserved then"
+        return Fault("invalid-opcode", why, UD)
     if not target.startswith(("cr", "dr")):
         return None
     value = instruction.value(1) or 0
-    if target in ("dr6", "dr7") and value >> 32:
+    if target in ("dr4", "dr5", "dr6", "dr7") and value >> 32:
         why = f"{target.upper()} = {value:#x}: bits 63 to 32 are reserved"
         return Fault("reserved-control-bit", why, GP, 0)
     if target == "cr0":
         return _cr0(scene, value)
     if target == "cr4":
         return _cr4(scene, value)
-    if target == "cr3" and scene.mode.bits == 64 and value & (1 << 63) - (1 << 52):
-        return Fault("reserved-control-bit", f"CR3 = {value:#x} has reserved bits set", GP, 0)
+    if target == "cr3" and scene.mode.bits == 64:
+        return _cr3(scene, value)
     if target == "cr8" and value > 15:
         return Fault("reserved-control-bit", f"CR8 = {value:#x} is above 15", GP, 0)
+    return None
+
+
+def _cr3(scene: Scene, value: int) -> Fault | None:
+    bits = scene.physical_bits
+    if value & (1 << 63) - (1 << bits):
+        why = f"CR3 = {value:#x}: bits 62 to {bits} are reserved"
+        return Fault("reserved-control-bit", why, GP, 0)
+    if value >> 63 and not scene.special.cr4 & CR4.PCIDE:
+        why = f"CR3 = {value:#x}: bit 63 is reserved while CR4.PCIDE is clear"
+        return Fault("reserved-control-bit", why, GP, 0)
     return None
 
 
@@ -125,6 +144,9 @@ def _cr4(scene: Scene, value: int) -> Fault | None:
         return Fault("reserved-control-bit", f"{text} changes LA57 in long mode", GP, 0)
     if value & CR4.PCIDE and not scene.mode.long:
         return Fault("reserved-control-bit", f"{text} sets PCIDE outside of long mode", GP, 0)
+    if value & ~scene.special.cr4 & CR4.PCIDE and scene.special.cr3 & 0xFFF:
+        why = f"{text} sets PCIDE while bits 11 to 0 of CR3, {scene.special.cr3:#x}, are not 0"
+        return Fault("reserved-control-bit", why, GP, 0)
     return None
 
 

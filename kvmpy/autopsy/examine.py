@@ -7,7 +7,7 @@ from kvmpy.autopsy.delivery import chain
 from kvmpy.autopsy.fault import GP, UD, Fault
 from kvmpy.autopsy.instruction import Instruction, decode
 from kvmpy.autopsy.memory import check_fetch, check_touch
-from kvmpy.autopsy.mnemonics import is_hint
+from kvmpy.autopsy.mnemonics import is_hint, is_too_long
 from kvmpy.autopsy.scene import Scene
 from kvmpy.autopsy.system import check_instruction, needs_alignment
 from kvmpy.autopsy.transfers import check_transfer
@@ -24,6 +24,7 @@ _REFUSED: Final = (
     "neither its operands nor the units that it needs are at fault: the processor, or the host's "
     "KVM, has refused the instruction itself; its #UD and #GP conditions are in SDM Vol.2"
 )
+_TOO_LONG: Final = "its prefixes make it longer than the 15 bytes that an instruction may have"
 _INTERRUPT: Final = 0x20  # where most guests' hardware interrupts begin
 
 
@@ -43,6 +44,12 @@ def first_fault(scene: Scene) -> tuple[Fault | None, Instruction | None]:
     if fault is not None:
         return fault, None
     instruction = decode(scene)
+    if instruction is not None and scene.mode.bits != 64:
+        last = scene.registers.rip + len(instruction.raw) - 1
+        limit = scene.special.cs.limit
+        if last > limit:
+            why = f"{instruction.text} ends at {last:#x}, beyond CS's limit {limit:#x}"
+            return Fault("segment-limit", why, GP, 0), instruction
     if instruction is None:
         code = scene.instruction_bytes
         beyond = scene.walk(scene.linear + len(code), "fetch")
@@ -51,6 +58,8 @@ def first_fault(scene: Scene) -> tuple[Fault | None, Instruction | None]:
             return Fault("page-not-present", f"{what}: {beyond.why}", 14, beyond.error_code), None
         if is_hint(code):
             return None, None
+        if is_too_long(code):
+            return Fault("invalid-opcode", f"{code[:8].hex(' ')} ...: {_TOO_LONG}", GP, 0), None
         why = f"{code[:8].hex(' ')} is no instruction in {scene.mode}"
         return Fault("invalid-opcode", why, UD), None
     return _raised(scene, instruction), instruction

@@ -82,6 +82,9 @@ def _check_segment(scene: Scene, touch: Touch) -> Fault | None:
         if touch.access == "write" and not writable:
             why = f"{touch.what} through {name} {segment.selector:#x}, which is not writable"
             return Fault("segment-rights", why, vector, 0)
+        if touch.access == "read" and segment.type & 8 and not segment.type & 2:
+            why = f"{touch.what} through {name} {segment.selector:#x}, which is execute-only"
+            return Fault("segment-rights", why, vector, 0)
     mask = 0xFFFF_FFFF if segment.db or not stack else 0xFFFF
     offset = touch.offset & mask
     down = not segment.type & 8 and segment.type & 4

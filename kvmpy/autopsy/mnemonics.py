@@ -12,6 +12,7 @@ __all__ = [
     "STRINGS",
     "WRITE_ONLY_OPERAND",
     "is_hint",
+    "is_too_long",
 ]
 
 NO_ACCESS: Final = ("lea", "nop", "invlpg", "prefetch", "cldemote", "bnd")
@@ -48,6 +49,11 @@ _PREFIXES: Final = bytes((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF2, 
     range(0x40, 0x50)
 )
 _HINTS: Final = tuple(bytes((code,)) for code in (0x0D, *range(0x18, 0x20)))
+
+
+def is_too_long(code: bytes) -> bool:
+    """Whether bytes are prefixes all the way to the longest instruction (SDM Vol.2 2.3.11)."""
+    return len(code) == 15 and not code.strip(_PREFIXES)
 
 
 def is_hint(code: bytes) -> bool:

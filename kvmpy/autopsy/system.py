@@ -43,6 +43,7 @@ _PRIVILEGED: Final = frozenset(
 )
 _UMIP: Final = ("sgdt", "sidt", "sldt", "smsw", "str")
 _IO: Final = frozenset(("in", "out", "insb", "insw", "insd", "outsb", "outsw", "outsd"))
+_FS_GS_BASE: Final = ("rdfsbase", "rdgsbase", "wrfsbase", "wrgsbase")
 _TRAPS: Final = {"int3": 3, "into": 4, "int1": 1}
 _SSE: Final = frozenset(
     ["sse1", "sse2", "sse3", "ssse3", "sse41", "sse42", "sse4a", "aes", "pclmul", "sha"]
@@ -89,6 +90,8 @@ def check_instruction(scene: Scene, instruction: Instruction) -> Fault | None:
         return check_load(scene, instruction)
     if name in ("wrmsr", "rdmsr"):
         return check_msr(scene, name)
+    if name in ("wrfsbase", "wrgsbase"):
+        return _base(scene, instruction)
     if name in ("ltr", "lldt"):
         selector = instruction.value(0, 2)
         register = "TR" if name == "ltr" else "LDTR"
@@ -97,6 +100,8 @@ def check_instruction(scene: Scene, instruction: Instruction) -> Fault | None:
         return _table_register(scene, instruction)
     if name in ("div", "idiv"):
         return _divide(scene, instruction)
+    if name == "aam" and instruction.raw[-1] == 0:
+        return Fault("divide-error", "aam divides AL by zero", 0)
     return None
 
 
@@ -120,6 +125,8 @@ def _enabled(scene: Scene, name: str) -> Fault | None:
         return Fault("not-enabled", f"{name} with CR4.OSXSAVE (bit 18) clear", UD)
     if name in ("syscall", "sysret", "sysretq") and not scene.special.efer & EFER.SCE:
         return Fault("not-enabled", f"{name} with EFER.SCE (bit 0) clear", UD)
+    if name in _FS_GS_BASE and not scene.special.cr4 & CR4.FSGSBASE:
+        return Fault("not-enabled", f"{name} with CR4.FSGSBASE (bit 16) clear", UD)
     return None
 
 
@@ -190,6 +197,14 @@ def _table_register(scene: Scene, instruction: Instruction) -> Fault | None:
     if base is None or is_canonical(base, canonical_bits(scene.special)):
         return None
     why = f"{instruction.mnemonic} of the base {base:#x}, which is not canonical"
+    return Fault("non-canonical", why, GP, 0)
+
+
+def _base(scene: Scene, instruction: Instruction) -> Fault | None:
+    value = instruction.value(0) or 0
+    if is_canonical(value, canonical_bits(scene.special)):
+        return None
+    why = f"{instruction.mnemonic} of {value:#x}, which is not canonical"
     return Fault("non-canonical", why, GP, 0)
 
 

@@ -30,14 +30,24 @@ def check_transfer(scene: Scene, instruction: Instruction) -> Fault | None:
         target = instruction.value(0)
     elif name == "ret":
         target = scene.stack_slot(0, instruction.operand_bytes)
+    if target is not None and scene.mode.bits != 64:
+        return _near(scene, name, target & (1 << 8 * instruction.operand_bytes) - 1)
     bits = canonical_bits(scene.special)
-    if target is None or scene.mode.bits != 64 or is_canonical(target & (1 << 64) - 1, bits):
+    if target is None or is_canonical(target & (1 << 64) - 1, bits):
         return None
     why = f"{name} goes to {target:#x}, which is not canonical"
     if name != "ret":
         return Fault("non-canonical", why, GP, 0)
     slot = f"it is what the stack has at {scene.stack_address(0):#x}"
     return Fault("bad-return", f"{why}: {slot}", GP, 0)
+
+
+def _near(scene: Scene, name: str, target: int) -> Fault | None:
+    limit = scene.special.cs.limit
+    if target <= limit:
+        return None
+    why = f"{name} goes to {target:#x}, beyond CS's limit {limit:#x}"
+    return Fault("segment-limit", why, GP, 0)
 
 
 def _far(scene: Scene, instruction: Instruction) -> Fault | None:
