@@ -91,7 +91,8 @@ def _copy(machine: M, start: Snapshot | Image, attach: Callable[[M], object] | N
 
 
 def _scene(vcpu: VCPU, read: Read, code: bytes, physical_bits: int) -> Scene:
-    return Scene(vcpu.get_regs(), vcpu.get_sregs(), read, code, physical_bits)
+    registers, special = vcpu.get_regs(), vcpu.get_sregs()
+    return Scene(registers, special, read, code, physical_bits, vcpu.get_debugregs())
 
 
 def _physical_bits(vcpu: VCPU) -> int:

@@ -161,6 +161,11 @@ CODE: Final[dict[str, Cause]] = {
         "clear CR0.EM and CR0.TS (CLTS)",
         "SDM Vol.3 2.5, 10.2",
     ),
+    "floating-point": Cause(
+        "an error of x87 or SSE arithmetic that is not masked",
+        "mask it, or look at the operands: a division by zero, a signalling NaN, an overflow",
+        "SDM Vol.1 8.5, 11.5",
+    ),
     "not-enabled": Cause(
         "an instruction that was not enabled",
         "set the bit that is named, if CPUID has the feature",

@@ -6,9 +6,10 @@ from typing import Final
 from kvmpy.autopsy.autopsy import Autopsy
 from kvmpy.autopsy.doubt import contradiction
 from kvmpy.autopsy.entry import broken_rules
-from kvmpy.autopsy.examine import Finding, explain_exception, explain_gap, explain_shutdown
+from kvmpy.autopsy.examine import Finding, explain_gap, explain_shutdown
 from kvmpy.autopsy.fault import Fault
 from kvmpy.autopsy.replay import Copy, MakeCopy, Replay, replay_copy
+from kvmpy.autopsy.reported import explain_exception
 from kvmpy.autopsy.scene import Scene
 from kvmpy.exits import Exit, FailEntry, InternalError
 from kvmpy.x86.exceptions import GuestException
@@ -56,7 +57,9 @@ def conduct(
     if seen is not None and seen.scene is not None and (reset or not finding.settled):
         scene = seen.scene
         again = _find(scene, outcome, exit_, exception)
-        finding = again if again.faults or reset else finding
+        if again.faults or reset:
+            notes = [note for note in notes if note not in finding.notes]
+            finding = again
         notes += again.notes
         if reset:
             notes.append(f"{_INIT}; this is that of a copy, before its last instruction")
@@ -66,7 +69,7 @@ def conduct(
     return Autopsy(
         cause=finding.cause,
         outcome=outcome,
-        rip=scene.registers.rip,
+        rip=scene.registers.rip if finding.rip is None else finding.rip,
         instruction=finding.instruction,
         faults=finding.faults,
         last=(*last, *(seen.last if seen is not None else ())),

@@ -6,6 +6,7 @@ order in which long mode is entered).
 
 from typing import Final
 
+from kvmpy.autopsy.debug import check_general_detect
 from kvmpy.autopsy.fault import GP, UD, Fault
 from kvmpy.autopsy.instruction import Instruction
 from kvmpy.autopsy.scene import Scene
@@ -63,6 +64,10 @@ def check_move(scene: Scene, instruction: Instruction) -> Fault | None:
         name = aliases.pop().upper()
         why = f"{instruction.text} with CR4.DE (bit 3) set: {name} is reserved then"
         return Fault("invalid-opcode", why, UD)
+    if "dr" in (target[:2], instruction.register_operand(1)[:2]):
+        detected = check_general_detect(scene)
+        if detected is not None:
+            return detected
     if not target.startswith(("cr", "dr")):
         return None
     value = instruction.value(1) or 0

@@ -21,6 +21,10 @@ from kvmpy.x86.segments import Segment
 __all__ = ["Chain", "chain", "deliver"]
 
 _CONTRIBUTORY: Final = frozenset((0, TS, NP, SS, GP))
+_NO_SOFTWARE: Final = (
+    1,
+    6,
+)  # asked for, but by no INT n, INT3 or INTO: EXT is set (SDM Vol.3 6.13)
 _LONGEST: Final = 6  # a chain has four at most: #UD, #GP, #DF, and what stops that
 _GATE_CAUSES: Final = (
     ("not present: #NP", "gate-not-present"),
@@ -73,7 +77,7 @@ def deliver(scene: Scene, fault: Fault) -> Fault | None:
     """Why an exception cannot reach its handler, None where it can."""
     assert fault.vector is not None
     name = EXCEPTIONS.get(fault.vector, (f"vector {fault.vector:#x}",))[0]
-    error = fault.vector << 3 | 2 | (not fault.deliberate or fault.vector == 6)
+    error = fault.vector << 3 | 2 | (not fault.deliberate or fault.vector in _NO_SOFTWARE)
     table = _table_fault(scene, fault.vector, name, error)
     if table is not None:
         return table

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Final, NamedTuple
 
+from kvmpy.autopsy.debug import check_breakpoint, check_single_step
 from kvmpy.autopsy.delivery import chain
 from kvmpy.autopsy.fault import GP, UD, Fault
 from kvmpy.autopsy.instruction import Instruction, decode
@@ -13,12 +14,11 @@ from kvmpy.autopsy.system import check_instruction, needs_alignment
 from kvmpy.autopsy.transfers import check_transfer
 from kvmpy.autopsy.zeros import check_zeros
 from kvmpy.views.descriptors import look_up
-from kvmpy.x86.exceptions import EXCEPTIONS, GuestException
 from kvmpy.x86.flags import CR0, RFLAGS
 from kvmpy.x86.segments import Segment
 from kvmpy.x86.tables import Selector
 
-__all__ = ["Finding", "explain_exception", "explain_gap", "explain_shutdown", "first_fault"]
+__all__ = ["Finding", "describe", "explain_gap", "explain_shutdown", "first_fault", "unseen"]
 
 _REFUSED: Final = (
     "neither its operands nor the units that it needs are at fault: the processor, or the host's "
@@ -29,17 +29,24 @@ _INTERRUPT: Final = 0x20  # where most guests' hardware interrupts begin
 
 
 class Finding(NamedTuple):
-    """The cause, the faults in order, the instruction's text, and whether it fits the outcome."""
+    """The cause, the faults in order, the instruction's text, and whether it fits the outcome.
+
+    `rip` is where the instruction is, if RIP is past it.
+    """
 
     cause: str
     faults: tuple[Fault, ...]
     instruction: str
     settled: bool
     notes: tuple[str, ...] = ()
+    rip: int | None = None
 
 
 def first_fault(scene: Scene) -> tuple[Fault | None, Instruction | None]:
     """What the instruction at RIP raises, and the instruction."""
+    fault = check_breakpoint(scene)
+    if fault is not None:
+        return fault, decode(scene)
     fault = check_fetch(scene)
     if fault is not None:
         return fault, None
@@ -113,9 +120,9 @@ def _wrong_size(scene: Scene) -> str:
 def explain_shutdown(scene: Scene) -> Finding:
     """A triple fault, from the state that it left."""
     fault, instruction = first_fault(scene)
-    text = _text(scene, instruction)
+    text = describe(scene, instruction)
     if fault is None:
-        fault = _unseen(scene, instruction)
+        fault = check_single_step(scene) or unseen(scene, instruction)
     if fault is None:
         return _interrupted(scene, text)
     faults, shuts_down = chain(scene, fault)
@@ -134,7 +141,7 @@ def _interrupted(scene: Scene, text: str) -> Finding:
     return Finding(faults[1].cause, faults, text, False)
 
 
-def _unseen(scene: Scene, instruction: Instruction | None) -> Fault | None:
+def unseen(scene: Scene, instruction: Instruction | None) -> Fault | None:
     """What an instruction has raised that nothing but the processor can know."""
     if instruction is None:
         return None
@@ -169,9 +176,9 @@ def explain_gap(scene: Scene, reason: str, suberror: int) -> Finding:
     fault = check_fetch(scene)
     if fault is not None:
         notes = _where_from(scene)
-        return Finding(fault.cause, (fault,), _text(scene, None), True, notes)
+        return Finding(fault.cause, (fault,), describe(scene, None), True, notes)
     instruction = decode(scene)
-    text = _text(scene, instruction)
+    text = describe(scene, instruction)
     if suberror == 3:
         return Finding("delivery-exit", (Fault("delivery-exit", reason),), text, True)
     size = _wrong_size(scene)
@@ -189,25 +196,6 @@ def explain_gap(scene: Scene, reason: str, suberror: int) -> Finding:
     return Finding("emulator-lacks", (gap,), text, True)
 
 
-def explain_exception(scene: Scene, exception: GuestException) -> Finding:
-    """An exception of ring 3's that a reporting stub has told of: `scene` is that of ring 3."""
-    fault, instruction = first_fault(scene)
-    text = _text(scene, instruction)
-    if fault is None or fault.vector != exception.vector:
-        fault = _unseen(scene, instruction)
-        if exception.vector == UD:
-            fault = Fault("invalid-opcode", f"neither processor nor host take it: {text}", UD)
-        elif fault is not None and fault.vector != exception.vector:
-            fault = None
-    if fault is None:
-        why = f"{EXCEPTIONS.get(exception.vector, ('', 'an interrupt'))[1]}, as the frame says"
-        found = Fault("unknown", why, exception.vector, exception.error_code, exception.address)
-        return Finding("unknown", (found,), text, True)
-    zeros = check_zeros(scene)
-    cause, notes = zeros if zeros is not None else (fault.cause, ())
-    return Finding(cause, (fault,), text, True, notes)
-
-
 def _where_from(scene: Scene) -> tuple[str, ...]:
     """A note where the stack tells how the guest came to RIP."""
     if scene.mode.bits == 64 and scene.stack_slot(-1, 8) == scene.registers.rip:
@@ -215,7 +203,8 @@ def _where_from(scene: Scene) -> tuple[str, ...]:
     return ()
 
 
-def _text(scene: Scene, instruction: Instruction | None) -> str:
+def describe(scene: Scene, instruction: Instruction | None) -> str:
+    """The instruction, or the bytes at RIP, with the mode and the ring."""
     if instruction is not None:
         return f"{instruction.text} ({scene.mode}, ring {scene.cpl})"
     code = scene.instruction_bytes

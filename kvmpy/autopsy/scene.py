@@ -11,7 +11,7 @@ from kvmpy.views.pages import Access, PageWalk, Read, cpl_of, page_walk
 from kvmpy.x86.flags import RFLAGS
 from kvmpy.x86.registers import Registers
 from kvmpy.x86.segments import Segment
-from kvmpy.x86.state import SpecialRegisters
+from kvmpy.x86.state import DebugRegisters, SpecialRegisters
 
 __all__ = ["Scene"]
 
@@ -33,7 +33,7 @@ class Scene:
     """Registers, special registers and RAM, by `read(address, length)`.
 
     `code` are the bytes at RIP where the host has told them, else they are read. `physical_bits`
-    is MAXPHYADDR.
+    is MAXPHYADDR, and `debug` are DR0 to DR7 where they are known.
     """
 
     registers: Registers
@@ -41,6 +41,7 @@ class Scene:
     read: Read
     code: bytes = b""
     physical_bits: int = 52
+    debug: DebugRegisters | None = None
 
     @cached_property
     def mode(self) -> CpuMode:

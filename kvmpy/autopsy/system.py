@@ -14,7 +14,7 @@ from kvmpy.views.formats import canonical_bits, is_canonical
 from kvmpy.views.taskstate import tss_view
 from kvmpy.x86.flags import CR0, CR4, EFER, RFLAGS
 
-__all__ = ["check_instruction"]
+__all__ = ["check_instruction", "check_privilege", "needs_alignment"]
 
 _PRIVILEGED: Final = frozenset(
     [
@@ -81,7 +81,9 @@ def check_instruction(scene: Scene, instruction: Instruction) -> Fault | None:
                      deliberate=True)  # fmt: skip
     if name in ("ud0", "ud1", "ud2"):
         return Fault("trap", f"{name} raises it on purpose", UD, deliberate=True)
-    fault = _enabled(scene, name) or _privilege(scene, instruction) or _units(scene, instruction)
+    fault = (
+        _enabled(scene, name) or check_privilege(scene, instruction) or _units(scene, instruction)
+    )
     if fault is not None:
         return fault
     if name == "mov" and instruction.operands:
@@ -130,7 +132,8 @@ def _enabled(scene: Scene, name: str) -> Fault | None:
     return None
 
 
-def _privilege(scene: Scene, instruction: Instruction) -> Fault | None:
+def check_privilege(scene: Scene, instruction: Instruction) -> Fault | None:
+    """What an instruction raises that this ring may not use."""
     name, cpl = instruction.mnemonic, scene.cpl
     if not cpl:
         return None

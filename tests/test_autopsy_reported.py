@@ -1,0 +1,125 @@
+"""Autopsies of exceptions that ring 3 has reported, and of debug exceptions."""
+
+from dataclasses import replace
+
+import pytest
+from test_autopsy import scene_at
+
+from kvmpy import Machine, assemble
+from kvmpy.autopsy.examine import Finding, explain_shutdown
+from kvmpy.autopsy.reported import explain_exception
+from kvmpy.x86.exceptions import EXCEPTIONS, GuestException
+from kvmpy.x86.flags import RFLAGS
+from kvmpy.x86.state import DebugRegisters
+
+with_kvm = pytest.mark.usefixtures("kvm_host")
+GENERAL_DETECT = 1 << 13
+
+
+def reported(source: str, vector: int, *, past: int = 0, error: int | None = None,
+             address: int | None = None, rflags: int = 2) -> Finding:  # fmt: skip
+    """What is said of an exception at `source`, whose RIP is so many bytes past its start."""
+    scene = scene_at(assemble(source, at=0x1000), ring=3)
+    scene.registers.rip += past
+    scene.registers.rflags = rflags
+    name = EXCEPTIONS.get(vector, (f"vector {vector}",))[0]
+    special, rip = scene.special, scene.registers.rip
+    exception = GuestException(vector, name, "", error, rip, special.cs.selector, rflags,
+                               scene.registers.rsp, special.ss.selector, address)  # fmt: skip
+    return explain_exception(scene, exception)
+
+
+@pytest.mark.parametrize(
+    ("source", "vector", "size"),
+    [
+        ("int3", 3, 1),
+        (".byte 0xcd, 3", 3, 2),
+        ("int 4", 4, 2),
+        (".byte 0xf1", 1, 1),
+        ("int 0x80", 0x80, 2),
+    ],
+)
+def test_a_trap_is_at_the_instruction_that_asked_for_it(
+    source: str, vector: int, size: int
+) -> None:
+    found = reported(source, vector, past=size)
+    assert (found.cause, found.rip, found.faults[0].vector) == ("trap", 0x1000, vector)
+
+
+def test_a_vector_that_happens_to_stand_before_rip_is_no_trap() -> None:
+    found = reported("mov eax, 0x0dcd0000; hlt", 13, past=5, error=0)  # cd 0d before HLT
+    assert (found.cause, found.rip) == ("privileged", None)
+
+
+@pytest.mark.parametrize(
+    ("cause", "source", "vector", "more"),
+    [
+        ("trap", "nop", 1, {"rflags": RFLAGS.TF | 2}),
+        ("floating-point", "divss xmm0, xmm0", 19, {}),
+        ("floating-point", "fwait", 16, {}),
+        ("unaligned", "mov eax, [0x5001]", 17, {"error": 0, "rflags": RFLAGS.AC | 2}),
+        # What a masked move writes is in a register that nobody shows.
+        ("page-not-present", "maskmovdqu xmm0, xmm1", 14, {"error": 6, "address": 1 << 40}),
+        ("supervisor-page", "maskmovdqu xmm0, xmm1", 14, {"error": 7, "address": 0xFF000}),
+        # A host that emulates makes #UD of what a processor raises #GP for.
+        ("unaligned", "addps xmm0, [0x5008]", 6, {}),
+        ("invalid-opcode", "int 0x80", 6, {}),
+        ("invalid-opcode", "nop", 6, {}),
+        # SYSRET has two reasons here, and the vector says which it was.
+        ("privileged", "sysretq", 13, {"error": 0}),
+        ("unknown", "nop", 13, {"error": 0}),
+    ],
+)
+def test_a_reported_exception(cause: str, source: str, vector: int, more: dict[str, int]) -> None:
+    found = reported(source, vector, **more)
+    assert (found.cause, found.faults[0].vector) == (cause, vector), found
+    assert found.faults[0].error_code == more.get("error")
+
+
+@with_kvm
+def test_int3_in_ring_3() -> None:
+    with Machine("1M", ring=3) as machine:
+        machine.load(assemble("nop; int3", at=0x1000))
+        found = machine.autopsy(machine.run(timeout=2))
+    assert (found.cause, found.rip, found.vector) == ("trap", 0x1001, 3), str(found)
+    assert found.instruction.startswith("int3")
+
+
+@pytest.mark.parametrize(
+    ("source", "rflags", "debug"),
+    [
+        ("nop", RFLAGS.TF | 2, DebugRegisters()),
+        ("nop", 2, DebugRegisters((0, 0x1000, 0, 0), dr7=1 << 2)),
+        ("mov rax, dr0", 2, DebugRegisters(dr7=GENERAL_DETECT)),
+    ],
+)
+def test_a_debug_exception_without_an_idt(source: str, rflags: int, debug: DebugRegisters) -> None:
+    scene = replace(scene_at(assemble(source, at=0x1000)), debug=debug)
+    scene.registers.rflags = rflags
+    found = explain_shutdown(scene)
+    assert found.settled
+    assert (found.cause, found.faults[0].vector, found.faults[1].error_code) == ("no-idt", 1, 0xB)
+
+
+@pytest.mark.parametrize(
+    ("rflags", "debug"),
+    [
+        (RFLAGS.RF | 2, DebugRegisters((0x1000, 0, 0, 0), dr7=1)),  # resumed
+        (2, DebugRegisters((0x1000, 0, 0, 0))),  # not enabled
+        (2, DebugRegisters((0x1000, 0, 0, 0), dr7=1 | 3 << 16)),  # of data
+        (2, DebugRegisters((0x1001, 0, 0, 0), dr7=1)),  # elsewhere
+    ],
+)
+def test_what_is_no_breakpoint(rflags: int, debug: DebugRegisters) -> None:
+    scene = replace(scene_at(assemble("ud2", at=0x1000)), debug=debug)
+    scene.registers.rflags = rflags
+    assert explain_shutdown(scene).faults[0].vector == 6
+
+
+@with_kvm
+def test_a_single_step_that_nobody_asked_for_by_name() -> None:
+    with Machine("1M") as machine:
+        machine.load(assemble("pushfq; or dword ptr [rsp], 0x100; popfq; nop; nop; hlt", at=0x1000))
+        start = machine.snapshot()
+        found = machine.autopsy(machine.run(timeout=2), start=start)
+    assert (found.cause, found.vector) == ("no-idt", 1), str(found)
