@@ -511,6 +511,28 @@ def test_an_exit_while_an_event_is_delivered() -> None:
     assert explain_gap(scene_at(b"\x0f\x0b"), "why", 3).cause == "delivery-exit"
 
 
+@pytest.mark.parametrize(
+    ("cause", "source", "change"),
+    [
+        ("not-code", "ljmp 8:0x2000", lambda s: setattr(s.special.gdt, "base", 0x3000)),
+        ("gdt-limit", "ljmp 0x88:0x2000", lambda s: None),
+        ("emulator-lacks", "ljmp 0x18:0x2000", lambda s: None),
+        ("emulator-lacks", "fld1", lambda s: None),
+        # A frame of virtual-8086 mode: its CS, 0, is no null selector.
+        ("emulator-lacks", "iretd", lambda s: setattr(s.registers, "rsp", 0x1010)),
+    ],
+)
+def test_a_transfer_that_a_host_stops_at_has_a_reason_of_its_own(cause, source, change) -> None:
+    """Emulators carry out far jumps, but for those that lead to no code segment."""
+    code = assemble(source, "protected").ljust(16, b"\x90") + pack("<3I", 0x1000, 0, 0x20002)
+    scene = scene_at(code, "protected")
+    change(scene)
+    found = explain_gap(scene, "why", 1)
+    assert found.cause == cause, found
+    if cause == "not-code":
+        assert "the GDT at 0x3000, limit 0x57, has zeros there" in found.faults[0].why
+
+
 def test_the_documentation_has_every_cause() -> None:
     text = (Path(__file__).parent.parent / "docs" / "autopsy.md").read_text()
     assert [name for name in CAUSES if f"| `{name}` |" not in text] == []

@@ -193,6 +193,11 @@ def explain_gap(scene: Scene, reason: str, suberror: int) -> Finding:
         if raised is not None and not raised.deliberate:
             note = f"where it is emulated it raises {raised.name}: {raised.why}"
             return Finding("emulator-lacks", (gap,), text, True, (note,))
+        raised = raised or check_transfer(scene, instruction)
+        if raised is not None and not raised.deliberate:
+            # Far transfers to what is no code segment are among what emulators do not carry out.
+            note = f"a processor raises {raised.name}, and this host's KVM stops: {reason}"
+            return Finding(raised.cause, (raised,), text, True, (note,))
     return Finding("emulator-lacks", (gap,), text, True)
 
 

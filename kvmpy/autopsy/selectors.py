@@ -68,7 +68,8 @@ def check_code(scene: Scene, selector: int, offset: int, what: str, *, back: boo
         tss = segment is not None and not segment.s and segment.type in (*_AVAILABLE, *_BUSY)
         if (gate and found.raw[5] & 0xF in _CALL_GATES) or (tss and not scene.mode.long):
             return None  # a call gate or a task: not looked into
-        return Fault("not-code", f"{text}, no code segment", GP, error)
+        where = "" if any(found.raw) else f": {_table(scene, selector)} has zeros there"
+        return Fault("not-code", f"{text}, no code segment{where}", GP, error)
     if scene.mode.long and segment.l and segment.db:
         return Fault("descriptor-bits", f"{text}: L and D are both set", GP, error)
     if _wrong_ring(selector & 3, segment, scene.cpl, back):
@@ -85,6 +86,11 @@ def check_code(scene: Scene, selector: int, offset: int, what: str, *, back: boo
         why = f"{what} {offset:#x}, beyond the code segment's limit {segment.limit:#x}"
         return Fault("segment-limit", why, GP, 0)
     return None
+
+
+def _table(scene: Scene, selector: int) -> str:
+    name, table = ("LDT", scene.special.ldt) if selector & 4 else ("GDT", scene.special.gdt)
+    return f"the {name} at {table.base:#x}, limit {table.limit:#x},"
 
 
 def _wrong_ring(rpl: int, segment: Segment, cpl: int, back: bool) -> bool:

@@ -93,6 +93,8 @@ def _interrupt_return(scene: Scene, instruction: Instruction) -> Fault | None:
     rip, cs, flags = (scene.stack_slot(number, size) for number in range(3))
     if rip is None or cs is None or flags is None:
         return None
+    if flags & RFLAGS.VM and not scene.cpl and not scene.mode.long and size == 4:
+        return None  # to virtual-8086 mode, whose selectors are no selectors
     if scene.registers.rflags & RFLAGS.NT:
         return Fault("nested-task", "IRET with RFLAGS.NT set: long mode has no tasks", GP, 0)
     whole = scene.mode.bits == 64 or cs & 3 != scene.cpl  # else it pops no stack
