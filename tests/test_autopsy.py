@@ -295,6 +295,25 @@ def test_iret_shows_its_whole_frame(cs: int, ss: int, cause: str) -> None:
     assert f"the frame is {', '.join(map(hex, words))}" in found.faults[0].why
 
 
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ((2, 0x2042, 8, 0x10046, 0x9000), "it begins a word later"),  # #PF's error code
+        ((8, 0x10046, 0x9000, 0x10, 0), "it begins a word earlier"),
+        ((8, 0x2042, 2, 0x9000, 0x10), "the two are swapped"),
+        ((0x10, 0x9000, 2, 0x2000, 8), "the frame has the code selector 0x9000"),
+    ],
+)
+def test_a_frame_that_is_shifted_says_which_way(words: tuple[int, ...], hint: str) -> None:
+    scene = scene_at(assemble("iretq", at=0x1000).ljust(0x100, b"\0") + pack("<5Q", *words))
+    scene.registers.rsp = 0x1100
+    found = explain_shutdown(scene)
+    assert found.cause == "bad-frame"
+    hints = {"word later", "word earlier", "swapped"}
+    assert hint in found.faults[0].why
+    assert sum(one in found.faults[0].why for one in hints) == ("selector" not in hint)
+
+
 def test_an_instruction_that_was_refused() -> None:
     found = conduct.conduct(scene_at(b"\x90"), "shutdown", Shutdown(), None)
     text = str(found)

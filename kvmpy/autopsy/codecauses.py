@@ -57,7 +57,7 @@ CODE: Final[dict[str, Cause]] = {
     "bad-frame": Cause(
         "a return with a frame that is not what the instruction pops",
         "push in the opposite order: for RETF CS, then RIP; for IRETQ SS, RSP, RFLAGS, CS, RIP, "
-        "each of the operand's size",
+        "each of the operand's size; and take an exception's error code off before IRET",
         "SDM Vol.2 RET, IRET; Vol.3 6.14.3",
     ),
     "bad-stack-segment": Cause(

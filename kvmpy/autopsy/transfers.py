@@ -76,10 +76,25 @@ def _frame(scene: Scene, words: Sequence[int], layout: str) -> Fault | None:
     if fault is None or fault.vector == PF or fault.cause in own:
         return fault
     note = _frame_words(words, layout)
-    swapped = look_up(scene.read, scene.special, rip & 0xFFFF).segment
-    if rip < 0x10000 and rip & ~3 and swapped is not None and swapped.s and swapped.type & 8:
+    if len(words) == 5 and _is_code(scene, words[2]) and _is_flags(words[3]):
+        note += " (it begins a word later: an error code, or what was pushed last, is still there)"
+    elif (
+        len(words) == 5 and _is_code(scene, rip) and _is_flags(words[1]) and not _is_flags(words[2])
+    ):
+        note += f" (it begins a word earlier: {rip:#x} would be CS, and RIP was popped already)"
+    elif _is_code(scene, rip):
         note += f" ({rip:#x} would be a code selector: the two are swapped)"
     return fault.because("bad-frame", note)
+
+
+def _is_code(scene: Scene, word: int) -> bool:
+    segment = look_up(scene.read, scene.special, word & 0xFFFF).segment
+    return bool(0 < word & ~3 < 0x10000 and segment is not None and segment.s and segment.type & 8)
+
+
+def _is_flags(word: int) -> bool:
+    """Whether RFLAGS can be that, and with bit 1, which is always set, an address hardly is."""
+    return bool(word & RFLAGS.FIXED) and not word & ~(sum(RFLAGS) | RFLAGS.FIXED)
 
 
 def _frame_words(words: Sequence[int], layout: str) -> str:
