@@ -458,6 +458,12 @@ STATES = (
     ("privileged", 13, "rdpmc", "long", 3, lambda s: None),
     ("null-selector", 13, "mov eax, [0x2000]", "protected", 0,
      lambda s: setattr(s.special.ds, "unusable", 1)),
+    ("unaligned", 13, "fxsave [0x5008]", "long", 0, lambda s: None),
+    ("unaligned", 13, "xsave [0x5010]", "long", 0, flags("cr4", CR4.OSXSAVE)),
+    ("unaligned", 13, "vmovaps ymm0, [0x5010]", "long", 0, flags("cr4", CR4.OSXSAVE)),
+    ("page-not-present", 14, "vmovups ymm0, [rax]", "long", 0,
+     lambda s: (flags("cr4", CR4.OSXSAVE)(s), setattr(s.registers, "rax", (1 << 40) + 1))),
+    ("not-enabled", 6, "xsave [0x5010]", "long", 0, lambda s: None),
     ("invalid-opcode", 13, ".rept 15; .byte 0x66; .endr; nop", "long", 0, lambda s: None),
     ("invalid-opcode", 6, "mov rax, dr4", "long", 0, flags("cr4", CR4.DE)),
     ("invalid-opcode", 6, ".byte 0x44, 0x0f, 0x23, 0xc0", "long", 0, lambda s: None),  # DR8

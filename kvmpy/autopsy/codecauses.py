@@ -178,8 +178,8 @@ CODE: Final[dict[str, Cause]] = {
     ),
     "unaligned": Cause(
         "an operand that is not aligned",
-        "align it to its size; SSE also has MOVUPS",
-        "SDM Vol.2 2.4, CMPXCHG16B",
+        "align it to what is named above; SSE and AVX also have MOVUPS and VMOVUPS",
+        "SDM Vol.1 14.9, Vol.2 2.4, CMPXCHG16B, FXSAVE, XSAVE",
     ),
     "executing-zeros": Cause(
         "the guest executes memory of zeros",

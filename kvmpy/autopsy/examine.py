@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Final, NamedTuple
 
+from kvmpy.autopsy.alignment import alignment
 from kvmpy.autopsy.debug import check_breakpoint, check_single_step
 from kvmpy.autopsy.delivery import chain
 from kvmpy.autopsy.fault import GP, UD, Fault
@@ -10,7 +11,7 @@ from kvmpy.autopsy.instruction import Instruction, decode
 from kvmpy.autopsy.memory import check_fetch, check_touch
 from kvmpy.autopsy.mnemonics import is_hint, is_too_long
 from kvmpy.autopsy.scene import Scene
-from kvmpy.autopsy.system import check_instruction, needs_alignment
+from kvmpy.autopsy.system import check_instruction
 from kvmpy.autopsy.transfers import check_transfer
 from kvmpy.autopsy.zeros import check_zeros
 from kvmpy.views.descriptors import look_up
@@ -76,10 +77,10 @@ def _raised(scene: Scene, instruction: Instruction) -> Fault | None:
     fault = check_instruction(scene, instruction)
     if fault is not None:
         return fault
-    aligned = needs_alignment(instruction)
+    multiple = alignment(instruction)
     for touch in instruction.touches():
-        if aligned and touch.linear % touch.size:
-            why = f"{touch.what}, which is no multiple of {touch.size}"
+        if touch.linear % multiple:
+            why = f"{touch.what}, which is no multiple of {multiple}"
             return Fault("unaligned", why, GP, 0, touch.linear)
         fault = check_touch(scene, touch)
         if fault is not None:

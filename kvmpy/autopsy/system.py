@@ -5,6 +5,7 @@ Sources: SDM Vol.2 (each instruction's exceptions), Vol.3 2.8, 5.9 (privileged i
 
 from typing import Final
 
+from kvmpy.autopsy.alignment import SSE
 from kvmpy.autopsy.control import check_load, check_move, check_msr
 from kvmpy.autopsy.fault import GP, NM, UD, Fault
 from kvmpy.autopsy.instruction import Instruction
@@ -14,7 +15,7 @@ from kvmpy.views.formats import canonical_bits, is_canonical
 from kvmpy.views.taskstate import tss_view
 from kvmpy.x86.flags import CR0, CR4, EFER, RFLAGS
 
-__all__ = ["check_instruction", "check_privilege", "needs_alignment"]
+__all__ = ["check_instruction", "check_privilege"]
 
 _PRIVILEGED: Final = frozenset(
     [
@@ -43,12 +44,9 @@ _PRIVILEGED: Final = frozenset(
 )
 _UMIP: Final = ("sgdt", "sidt", "sldt", "smsw", "str")
 _IO: Final = frozenset(("in", "out", "insb", "insw", "insd", "outsb", "outsw", "outsd"))
+_XSAVE: Final = ("xsetbv", "xgetbv", "xsave", "xrstor")
 _FS_GS_BASE: Final = ("rdfsbase", "rdgsbase", "wrfsbase", "wrgsbase")
 _TRAPS: Final = {"int3": 3, "into": 4, "int1": 1}
-_SSE: Final = frozenset(
-    ["sse1", "sse2", "sse3", "ssse3", "sse41", "sse42", "sse4a", "aes", "pclmul", "sha"]
-)
-_UNALIGNED: Final = ("movup", "movdqu", "lddqu", "pcmpestr", "pcmpistr")
 _WITHOUT_STATE: Final = frozenset(
     [
         "prefetcht0",
@@ -107,23 +105,9 @@ def check_instruction(scene: Scene, instruction: Instruction) -> Fault | None:
     return None
 
 
-def needs_alignment(instruction: Instruction) -> bool:
-    """Whether operands of 16 bytes must be aligned: SSE's, but for a few (SDM Vol.2 2.4).
-
-    That of CMPXCHG16B must be as well (SDM Vol.2 CMPXCHG16B).
-    """
-    groups, name = instruction.groups, instruction.mnemonic
-    if name == "cmpxchg16b":
-        return True
-    if any(group.startswith("avx") for group in groups) or not groups & _SSE:
-        return False
-    wide = any(operand.size == 16 for operand in instruction.memory_operands)
-    return wide and not name.startswith(_UNALIGNED)
-
-
 def _enabled(scene: Scene, name: str) -> Fault | None:
     """What is no instruction until a bit is set, in every ring (SDM Vol.2 XSETBV, SYSCALL)."""
-    if name in ("xsetbv", "xgetbv") and not scene.special.cr4 & CR4.OSXSAVE:
+    if name.startswith(_XSAVE) and not scene.special.cr4 & CR4.OSXSAVE:
         return Fault("not-enabled", f"{name} with CR4.OSXSAVE (bit 18) clear", UD)
     if name in ("syscall", "sysret", "sysretq") and not scene.special.efer & EFER.SCE:
         return Fault("not-enabled", f"{name} with EFER.SCE (bit 0) clear", UD)
@@ -178,7 +162,7 @@ def _units(scene: Scene, instruction: Instruction) -> Fault | None:
         if not special.cr4 & CR4.OSXSAVE:
             why = f"{name} is AVX, and CR4.OSXSAVE is clear"
             return Fault("avx-disabled", why, UD)
-    elif instruction.groups & _SSE:
+    elif instruction.groups & SSE:
         if special.cr0 & CR0.EM:
             return Fault("sse-disabled", f"{name} is SSE, and CR0.EM is set", UD)
         if not special.cr4 & CR4.OSFXSR:
