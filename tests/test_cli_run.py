@@ -117,6 +117,26 @@ def test_a_guest_out_of_time_says_where_it_was(tmp_path, text: str, options, whe
     assert re.match(r"kvmpy: at 0x[0-9a-f]+ \w+(\+0x\w)?: \w+", lines[1]) and where in lines[1]
 
 
+@pytest.mark.parametrize(
+    ("mode", "code", "words"),
+    [
+        (
+            "real",
+            bytes(16),
+            "a jump, call or return has led to where nothing was loaded, or an exc",
+        ),
+        ("long", bytes(16), "a jump, call or return has led to where nothing was loaded)"),
+        ("long", bytes(2) + b"\xeb\xfe", None),
+    ],
+)
+def test_a_guest_that_is_lost_among_zeros_is_told_so(image, mode, code, words) -> None:
+    """Zeros are an instruction, and a vector table of zeros leads to them: it does not die."""
+    done = kvmpy("run", image(code), "--mode", mode, "--timeout", "0")
+    line = done.stderr.decode().splitlines()[1]
+    assert (done.returncode, "zeros" in line) == (124, words is not None), line
+    assert words is None or words in line
+
+
 def test_standard_input_feeds_the_serial_port(image) -> None:
     # l: mov dx, 0x3fd; in al, dx; test al, 1; jz l; mov dx, 0x3f8; in al, dx; out dx, al;
     # cmp al, '.'; jne l; hlt

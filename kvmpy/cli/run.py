@@ -196,10 +196,16 @@ def run_machine(
 
 def _where(machine: Machine) -> str:
     """The instruction that the guest would go on with, in one line."""
-    code = machine.view.disassemble(count=1)
-    for one in code.instructions:
-        return f"at {one.address:#x}{one.symbol and ' ' + one.symbol}: {one.text}"
-    return f"at {code.problem}"
+    code = machine.view.disassemble(count=4)
+    if not code.instructions:
+        return f"at {code.problem}"
+    one = code.instructions[0]
+    text = f"at {one.address:#x}{one.symbol and ' ' + one.symbol}: {one.text}"
+    if any(any(each.data) for each in code.instructions):
+        return text
+    text += " (zeros: a jump, call or return has led to where nothing was loaded"
+    empty = ", or an exception or INT n to an empty vector" if code.mode.bits == 16 else ""
+    return f"{text}{empty})"
 
 
 def _status(result: Result) -> int:
