@@ -116,6 +116,21 @@ def test_what_is_no_breakpoint(rflags: int, debug: DebugRegisters) -> None:
     assert explain_shutdown(scene).faults[0].vector == 6
 
 
+@pytest.mark.parametrize("zeros", [True, False])
+def test_what_has_come_through_zeros(zeros: bool) -> None:
+    """Ring 3's run through zeros ends at kvmpy's page tables, which are the supervisor's."""
+    scene = scene_at(b"\xf4", ring=3)
+    address = scene.special.cr3
+    if not zeros:
+        scene = scene_at(b"\xf4" * (address - 0x1000), ring=3)
+    scene.registers.rip = address
+    special = scene.special
+    exception = GuestException(14, "#PF", "", 0x15, address, special.cs.selector, 2,
+                               scene.registers.rsp, special.ss.selector, address)  # fmt: skip
+    found = explain_exception(scene, exception)
+    assert any("there are zeros up to" in note for note in found.notes) == zeros, found
+
+
 @with_kvm
 def test_a_single_step_that_nobody_asked_for_by_name() -> None:
     with Machine("1M") as machine:

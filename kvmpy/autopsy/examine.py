@@ -13,7 +13,7 @@ from kvmpy.autopsy.mnemonics import is_hint, is_too_long
 from kvmpy.autopsy.scene import Scene
 from kvmpy.autopsy.system import check_instruction
 from kvmpy.autopsy.transfers import check_transfer
-from kvmpy.autopsy.zeros import check_zeros
+from kvmpy.autopsy.zeros import check_zeros, zeros_before
 from kvmpy.views.descriptors import look_up
 from kvmpy.x86.flags import CR0, RFLAGS
 from kvmpy.x86.segments import Segment
@@ -128,6 +128,7 @@ def explain_shutdown(scene: Scene) -> Finding:
         return _interrupted(scene, text)
     faults, shuts_down = chain(scene, fault)
     cause, notes = _cause_of(scene, faults)
+    notes += zeros_before(scene) if instruction is None and not notes else ()
     return Finding(cause, faults, text, shuts_down, notes)
 
 
@@ -176,7 +177,7 @@ def explain_gap(scene: Scene, reason: str, suberror: int) -> Finding:
     """An internal error: KVM could not go on."""
     fault = check_fetch(scene)
     if fault is not None:
-        notes = _where_from(scene)
+        notes = _where_from(scene) or zeros_before(scene)
         return Finding(fault.cause, (fault,), describe(scene, None), True, notes)
     instruction = decode(scene)
     text = describe(scene, instruction)

@@ -13,7 +13,7 @@ from kvmpy.autopsy.instruction import Instruction
 from kvmpy.autopsy.memory import page_fault
 from kvmpy.autopsy.scene import Scene
 from kvmpy.autopsy.system import check_privilege
-from kvmpy.autopsy.zeros import check_zeros
+from kvmpy.autopsy.zeros import check_zeros, zeros_before
 from kvmpy.views.pages import Access
 from kvmpy.x86.exceptions import EXCEPTIONS, GuestException
 
@@ -42,6 +42,7 @@ def explain_exception(scene: Scene, exception: GuestException) -> Finding:
         return Finding("unknown", (found,), text, True)
     zeros = check_zeros(scene)
     cause, notes = zeros if zeros is not None else (fault.cause, ())
+    notes += zeros_before(scene) if instruction is None and not notes else ()
     return Finding(cause, (fault,), text, True, notes)
 
 

@@ -3,10 +3,12 @@
 from typing import Final
 
 from kvmpy.autopsy.scene import Scene
+from kvmpy.views.linear import read_linear
 
-__all__ = ["check_zeros"]
+__all__ = ["check_zeros", "zeros_before"]
 
 _RUN: Final = 8  # so many zeros from RIP on are no code
+_RUNWAY: Final = 64  # so many zeros before RIP, and the guest may have come through them
 _BACK: Final = 1 << 16
 _STEP: Final = 4096
 _ENDS: Final = (b"\xf4", b"\xc3", b"\xcb", b"\xcf", b"\x0f\x0b")  # hlt, ret, retf, iret, ud2
@@ -25,6 +27,19 @@ def check_zeros(scene: Scene) -> tuple[str, tuple[str, ...]] | None:
         note = f"the code before it ends {far:#x} bytes below by what does not go on"
         return "executing-zeros", (note,)
     return "fell-off-code", (f"the code ends {far:#x} bytes below {rip:#x}, and nothing stops it",)
+
+
+def zeros_before(scene: Scene) -> tuple[str, ...]:
+    """A note where RIP, at which there is no instruction, is just past zeros."""
+    start = scene.linear - _RUNWAY & (1 << 64) - 1
+    before = read_linear(scene.read, scene.special, start, _RUNWAY)
+    if len(before) < _RUNWAY or any(before):
+        return ()
+    rip = scene.registers.rip
+    return (
+        f"there are zeros up to {rip:#x}: unless it was jumped to, the guest has run through them, "
+        "from the end of its code or from where an earlier jump led",
+    )
 
 
 def _code_end(scene: Scene) -> tuple[int, bytes] | None:
