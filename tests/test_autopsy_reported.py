@@ -1,6 +1,7 @@
 """Autopsies of exceptions that ring 3 has reported, and of debug exceptions."""
 
 from dataclasses import replace
+from struct import pack
 
 import pytest
 from test_autopsy import scene_at
@@ -10,6 +11,7 @@ from kvmpy.autopsy.examine import Finding, explain_shutdown
 from kvmpy.autopsy.reported import explain_exception
 from kvmpy.x86.exceptions import EXCEPTIONS, GuestException
 from kvmpy.x86.flags import RFLAGS
+from kvmpy.x86.segments import DescriptorTable
 from kvmpy.x86.state import DebugRegisters
 
 with_kvm = pytest.mark.usefixtures("kvm_host")
@@ -129,6 +131,39 @@ def test_what_has_come_through_zeros(zeros: bool) -> None:
                                scene.registers.rsp, special.ss.selector, address)  # fmt: skip
     found = explain_exception(scene, exception)
     assert any("there are zeros up to" in note for note in found.notes) == zeros, found
+
+
+@pytest.mark.parametrize(
+    ("source", "dpl", "second"),
+    [
+        ("int 0x21", 0, (13, 0x21 << 3 | 2)),
+        ("int3", 0, (13, 3 << 3 | 2)),
+        ("int3", 3, (14, 2)),  # the gate is right, and RSP0 is 0
+        ("ud2", 0, (14, 2)),  # an exception, of which no DPL is asked
+    ],
+)
+def test_a_gate_for_ring_3_has_a_dpl(source: str, dpl: int, second: tuple[int, int]) -> None:
+    gate = pack("<HHHHII", 0x1000, 8, 0x8E00 | dpl << 13, 0, 0, 0)
+    table = gate * 14 + bytes(16 * 0x13) + gate
+    scene = scene_at(
+        assemble(source, at=0x1000).ljust(0x100, b"\0") + table.ljust(0x400, b"\0"), ring=3
+    )
+    scene.special.idt = DescriptorTable(0x1100, 0x3FF)
+    scene.special.tr.base = 0x1600  # a TSS of zeros
+    found = explain_shutdown(scene)
+    assert (found.faults[1].vector, found.faults[1].error_code) == second, found
+    assert found.cause == ("gate-dpl" if second[0] == 13 else "no-rsp0")
+
+
+def test_a_stack_where_no_ram_is_ends_the_chain() -> None:
+    table = pack("<HHHHII", 0x1000, 8, 0x8E00, 0, 0, 0) * 16
+    scene = scene_at(b"\x0f\x0b".ljust(0x100, b"\0") + table)
+    scene.special.idt = DescriptorTable(0x1100, 0xFF)
+    scene.registers.rsp = 0xD000_0000
+    found = explain_shutdown(scene)
+    assert found.settled
+    assert (found.cause, found.faults[-1].vector) == ("delivery-exit", None)
+    assert "where there is no RAM" in found.faults[-1].why
 
 
 @with_kvm

@@ -68,7 +68,8 @@ class Autopsy(Shown):
         for order, fault in zip(_ORDER, self.faults, strict=False):
             name = fault.name or "stop"
             lines.append(f"{order}: {name}: {fault.why}")
-        if len(self.faults) > 1 and self.outcome == "shutdown":
+        chained = len(self.faults) > 1 and self.faults[-1].vector is not None
+        if chained and self.outcome == "shutdown":
             lines.append("then: shutdown: nothing handles a fault on the way to #DF's handler")
         return (*lines, *(f"note: {note}" for note in self.notes))
 

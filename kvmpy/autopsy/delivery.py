@@ -53,6 +53,8 @@ def chain(scene: Scene, first: Fault) -> Chain:
         problem = deliver(scene, current)
         if problem is None:
             break
+        if problem.vector is None:  # no exception: the host cannot go on
+            return Chain((*faults, problem), True)
         if current.vector == DOUBLE_FAULT:
             faults.append(problem)
             return Chain(tuple(faults), True)
@@ -84,6 +86,13 @@ def deliver(scene: Scene, fault: Fault) -> Fault | None:
     gate = gate_at(scene.read, scene.special, fault.vector)
     if not scene.special.cr0 & CR0.PE:
         return None
+    asked = fault.deliberate and fault.vector not in _NO_SOFTWARE
+    if asked and gate.kind.endswith("gate") and gate.dpl < scene.cpl:
+        # Looked at right after the type, before P and the selector (SDM Vol.2 INT n).
+        why = (
+            f"the IDT's gate of {name} has DPL {gate.dpl}: INT n of ring {scene.cpl} may not use it"
+        )
+        return Fault("gate-dpl", why, GP, error)
     if gate.problem:
         return _descriptor_fault(scene, gate, name) or _gate_fault(gate, name, error)
     if gate.kind == "task gate":
@@ -163,6 +172,8 @@ def _stack_fault(
             elif gate.ist and top == 0:
                 problem = problem.because("no-ist", f"the TSS's IST{gate.ist} is 0")
             return problem
+        if not walk.in_ram:
+            return Fault("delivery-exit", f"{what}, where there is no RAM", address=at)
     return None
 
 

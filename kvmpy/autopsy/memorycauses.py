@@ -120,6 +120,11 @@ MEMORY: Final[dict[str, Cause]] = {
         "the type is 0xE (interrupt gate) or 0xF (trap gate), with P set: 0x8e or 0x8f",
         "SDM Vol.3 6.11, 6.14.1",
     ),
+    "gate-dpl": Cause(
+        "INT n through a gate that its ring may not use",
+        "set the gate's DPL to 3 (0xee for 0x8e): it is asked of INT n, INT3 and INTO only",
+        "SDM Vol.3 6.12.1.2",
+    ),
     "gate-not-present": Cause(
         "a gate that is not present",
         "set P, bit 7 of the gate's byte 5: 0x8e",
