@@ -537,6 +537,18 @@ def test_an_exit_while_an_event_is_delivered() -> None:
 
 
 @pytest.mark.parametrize(
+    ("entry", "pse", "cause"),
+    [(0x83, 0, "missing-pse"), (0x3, 0, "missing-ps"), (0x2, 0, "page-not-present"),
+     (0x2, CR4.PSE, "page-not-present"), (0x20_0083, CR4.PSE, "reserved-bit")],
+)  # fmt: skip
+def test_32_bit_paging_from_the_state(entry: int, pse: int, cause: str) -> None:
+    scene = scene_at(bytes(0x1000) + pack("<I", entry), "protected")
+    scene.special.cr3, scene.special.cr4 = 0x2000, pse
+    scene.special.cr0 |= CR0.PG
+    assert explain_shutdown(scene).cause == cause
+
+
+@pytest.mark.parametrize(
     ("cause", "source", "change"),
     [
         ("not-code", "ljmp 8:0x2000", lambda s: setattr(s.special.gdt, "base", 0x3000)),

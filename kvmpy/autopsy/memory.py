@@ -12,6 +12,7 @@ from kvmpy.x86.flags import CR0
 __all__ = ["Touch", "check_fetch", "check_touch", "page_fault"]
 
 _PAGE: Final = 4096
+_PS: Final = 1 << 7
 _NEAR_ZERO: Final = 0x1000
 _BIG: Final = {"PT": 1 << 21, "PD": 1 << 30}  # what an entry of the level above maps with PS set
 _REFUSALS: Final = (
@@ -120,7 +121,7 @@ def page_fault(scene: Scene, walk: PageWalk, what: str, *, stack: bool) -> Fault
         return Fault("non-canonical", why, SS if stack else GP, 0, walk.linear)
     cause = _cause(scene, walk, stack)
     why = f"{what}: {walk.why.removesuffix(': #PF')}"
-    if cause == "missing-ps":
+    if cause in ("missing-ps", "missing-pse"):
         above = walk.entries[-2]
         why += f"; the {above.name} entry above it at {above.address:#x} is {above.value:#x}"
     return Fault(cause, why, PF, walk.error_code, walk.linear)
@@ -131,6 +132,8 @@ def _cause(scene: Scene, walk: PageWalk, stack: bool) -> str:
         return "stack-in-page-tables"
     if walk.end == "page":
         return next(cause for words, cause in _REFUSALS if words in walk.why)
+    if walk.mode == "2-level" and len(walk.entries) == 2 and (walk.entries[0].value or 0) & _PS:
+        return "missing-pse"
     if _lacks_large_bit(scene, walk):
         return "missing-ps"
     if walk.end == "reserved bit":

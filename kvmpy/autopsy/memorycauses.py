@@ -22,6 +22,12 @@ MEMORY: Final[dict[str, Cause]] = {
         "address of another table",
         "SDM Vol.3 4.5, tables 4-16 and 4-18",
     ),
+    "missing-pse": Cause(
+        "a 4 MiB page of 32-bit paging, and CR4.PSE is clear",
+        "set CR4.PSE (bit 4) before CR0.PG: without it bit 7 (PS) is ignored, and the entry is "
+        "taken for the address of a table",
+        "SDM Vol.3 4.3, table 4-4",
+    ),
     "reserved-bit": Cause(
         "a page-table entry with a reserved bit set",
         "clear the bit: addresses end at MAXPHYADDR, NX needs EFER.NXE, and a large page's address "
