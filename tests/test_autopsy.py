@@ -314,6 +314,24 @@ def test_a_frame_that_is_shifted_says_which_way(words: tuple[int, ...], hint: st
     assert sum(one in found.faults[0].why for one in hints) == ("selector" not in hint)
 
 
+@pytest.mark.parametrize(
+    ("source", "words", "hint"),
+    [
+        ("iretd", (0x2042, 8, 2, 0x9000, 0x10), True),
+        ("retf", (0x2042, 8), True),
+        ("retf", (0x2042 | 0x1238 << 32, 8), True),
+        ("retf", (0x2042, 0x1238), False),
+    ],
+)
+def test_a_frame_of_iretq_that_iret_pops(source: str, words: tuple[int, ...], hint: bool) -> None:
+    frame = b"".join(word.to_bytes(8, "little") for word in words)
+    scene = scene_at(assemble(source, at=0x1000).ljust(0x100, b"\0") + frame)
+    scene.registers.rsp = 0x1100
+    found = explain_shutdown(scene)
+    assert found.cause == "bad-frame"
+    assert ("IRETQ and LRETQ pop 8" in found.faults[0].why) == hint
+
+
 def test_an_instruction_that_was_refused() -> None:
     found = conduct.conduct(scene_at(b"\x90"), "shutdown", Shutdown(), None)
     text = str(found)

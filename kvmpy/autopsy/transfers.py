@@ -66,25 +66,31 @@ def _return(scene: Scene, instruction: Instruction) -> Fault | None:
     rip, cs = scene.stack_slot(0, size), scene.stack_slot(1, size)
     if rip is None or cs is None:
         return None
-    return _frame(scene, (rip, cs), "RETF pops RIP, then CS")
+    return _frame(scene, (rip, cs), "RETF pops RIP, then CS", size)
 
 
-def _frame(scene: Scene, words: Sequence[int], layout: str) -> Fault | None:
+def _frame(scene: Scene, words: Sequence[int], layout: str, size: int) -> Fault | None:
     rip, cs = words[0], words[1] & 0xFFFF
     fault = check_code(scene, cs, rip, "the frame has the", back=True)
     own = ("not-present-segment", "non-canonical", "wrong-ring")
     if fault is None or fault.vector == PF or fault.cause in own:
         return fault
+    slip = _slip(scene, words, size)
     note = _frame_words(words, layout)
-    if len(words) == 5 and _is_code(scene, words[2]) and _is_flags(words[3]):
-        note += " (it begins a word later: an error code, or what was pushed last, is still there)"
-    elif (
-        len(words) == 5 and _is_code(scene, rip) and _is_flags(words[1]) and not _is_flags(words[2])
-    ):
-        note += f" (it begins a word earlier: {rip:#x} would be CS, and RIP was popped already)"
-    elif _is_code(scene, rip):
-        note += f" ({rip:#x} would be a code selector: the two are swapped)"
-    return fault.because("bad-frame", note)
+    return fault.because("bad-frame", f"{note} ({slip})" if slip else note)
+
+
+def _slip(scene: Scene, words: Sequence[int], size: int) -> str:
+    """What mistake it was, where the frame looks like that of a usual one."""
+    if scene.mode.bits == 64 and size == 4 and _is_code(scene, scene.stack_slot(1, 8) or 0):
+        return "it has words of 8 bytes, and this pops words of 4: IRETQ and LRETQ pop 8"
+    whole = len(words) == 5
+    if whole and _is_code(scene, words[2]) and _is_flags(words[3]):
+        return "it begins a word later: an error code, or what was pushed last, is still there"
+    swapped = _is_code(scene, words[0])
+    if whole and swapped and _is_flags(words[1]) and not _is_flags(words[2]):
+        return f"it begins a word earlier: {words[0]:#x} would be CS, and RIP was popped already"
+    return f"{words[0]:#x} would be a code selector: the two are swapped" if swapped else ""
 
 
 def _is_code(scene: Scene, word: int) -> bool:
@@ -115,7 +121,7 @@ def _interrupt_return(scene: Scene, instruction: Instruction) -> Fault | None:
     whole = scene.mode.bits == 64 or cs & 3 != scene.cpl  # else it pops no stack
     words = [scene.stack_slot(number, size) for number in range(5 if whole else 3)]
     known = [word for word in words if word is not None]
-    fault = _frame(scene, known, _IRET)
+    fault = _frame(scene, known, _IRET, size)
     if fault is not None:
         return fault
     code = look_up(scene.read, scene.special, cs & 0xFFFF).segment
