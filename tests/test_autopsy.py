@@ -374,6 +374,21 @@ def test_kvmpy_run_tells_it(tmp_path: Path) -> None:
 
 
 @with_kvm
+def test_kvmpy_run_shows_the_code_at_rip(tmp_path: Path) -> None:
+    """A code segment of 64 bits has no base, whatever its descriptor says."""
+    guest = tmp_path / "based.S"
+    guest.write_text("""
+        lgdt [g]; push 8; lea rax, [rip + x]; push rax; lretq
+        x: mov ebx, 1; ud2
+        .align 8
+        t: .quad 0, 0x00209a0010000000
+        g: .word 15; .quad t
+    """)
+    done = kvmpy("run", guest)
+    assert ": 0f 0b                    ud2\n" in done.stderr
+
+
+@with_kvm
 @pytest.mark.parametrize(
     ("source", "words"),
     [

@@ -9,6 +9,8 @@ from kvmpy.exits import InternalError
 from kvmpy.machine import Machine
 from kvmpy.result import OUTCOMES, Result
 from kvmpy.snapshot import Snapshot
+from kvmpy.views.code import decoder
+from kvmpy.views.cpumode import cpu_mode, linear_rip
 from kvmpy.x86.registers import REGISTER_NAMES
 from kvmpy.x86.state import SpecialRegisters
 
@@ -28,6 +30,7 @@ _HINTS: Final = {
     "exception": "look at the instruction above; `kvmpy asm` shows addresses beside the source",
 }
 
+_SHOWN: Final = 3  # instructions
 _NO_RAM: Final = "where there is no RAM"
 _NOWHERE: Final = (
     "the guest jumped to where there is no RAM: look at the last jump, call or return, and at "
@@ -63,7 +66,8 @@ def postmortem(
     )
     rip = result.registers.rip if exception is None else exception.rip
     code = result.exit.instruction if isinstance(result.exit, InternalError) else b""
-    text += [f"  {line}" for line in disassemble(machine, special, rip, code)]
+    rflags = result.registers.rflags
+    text += [f"  {line}" for line in disassemble(machine, special, rip, code, rflags)]
     hint = _NOWHERE if text[-1].endswith(_NO_RAM) else _HINTS[result.outcome]
     found = None
     if start is not None and result.outcome != "unclaimed":
@@ -84,21 +88,23 @@ def _write(text: str) -> None:
 
 
 def disassemble(
-    machine: Machine, special: SpecialRegisters, rip: int, code: bytes, count: int = 3
+    machine: Machine,
+    special: SpecialRegisters,
+    rip: int,
+    code: bytes,
+    rflags: int = 2,
 ) -> list[str]:
     """The next instructions at `rip`, one a line, as the vCPU's mode reads them.
 
     `code` are their bytes if they are known; otherwise they are read through its page tables.
     """
-    from capstone import CS_ARCH_X86, CS_MODE_16, CS_MODE_32, CS_MODE_64, Cs
-
-    code = code or _read_code(machine, special.cs.base + rip)
+    linear = linear_rip(special, rip, rflags)
+    code = code or _read_code(machine, linear)
     if not code:
-        return [f"rip {rip:#x} {_without_code(machine, special.cs.base + rip)}"]
-    mode = CS_MODE_64 if special.cs.l else CS_MODE_32 if special.cs.db else CS_MODE_16
+        return [f"rip {rip:#x} {_without_code(machine, linear)}"]
     lines = [
         f"{one.address:#x}: {one.bytes.hex(' '):<24} {one.mnemonic} {one.op_str}".rstrip()
-        for one in Cs(CS_ARCH_X86, mode).disasm(code, rip, count)
+        for one in decoder(cpu_mode(special, rflags)).disasm(code, rip, _SHOWN)
     ]
     return lines or [f"{rip:#x}: {code.hex(' ')}  (no instruction)"]
 
