@@ -491,6 +491,9 @@ STATES = (
     ("privileged", 13, "rdpmc", "long", 3, lambda s: None),
     ("null-selector", 13, "mov eax, [0x2000]", "protected", 0,
      lambda s: setattr(s.special.ds, "unusable", 1)),
+    ("reserved-control-bit", 13, "xsetbv", "long", 0, flags("cr4", CR4.OSXSAVE)),  # of 0
+    ("not-enabled", 13, "sysenter", "protected", 0, lambda s: None),
+    ("invalid-opcode", 6, "vmcall", "long", 0, lambda s: None),
     ("unaligned", 13, "fxsave [0x5008]", "long", 0, lambda s: None),
     ("unaligned", 13, "xsave [0x5010]", "long", 0, flags("cr4", CR4.OSXSAVE)),
     ("unaligned", 13, "vmovaps ymm0, [0x5010]", "long", 0, flags("cr4", CR4.OSXSAVE)),
@@ -557,6 +560,20 @@ def test_a_cause_from_the_state(cause, vector, source, mode, ring, change) -> No
         change(scene)
     found = explain_shutdown(scene)
     assert (found.cause, found.faults[0].vector) == (cause, vector), found
+
+
+@pytest.mark.parametrize(
+    ("number", "value", "words"),
+    [(1, 1, "there is only XCR0"), (0, 2, "bit 0"), (0, 5, "without bit 1"), (0, 0x27, "AVX-512"),
+     (0, 7, ""), (0, 0xE7, "")],
+)  # fmt: skip
+def test_what_xcr0_must_be(number: int, value: int, words: str) -> None:
+    scene = scene_at(assemble("xsetbv", at=0x1000))
+    scene.special.cr4 |= CR4.OSXSAVE
+    scene.registers.rcx, scene.registers.rax = number, value
+    found = explain_shutdown(scene)
+    assert found.settled == bool(words)
+    assert not words or words in found.faults[0].why
 
 
 def test_rep_with_a_count_of_zero_touches_nothing() -> None:

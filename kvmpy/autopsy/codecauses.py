@@ -168,8 +168,8 @@ CODE: Final[dict[str, Cause]] = {
     ),
     "not-enabled": Cause(
         "an instruction that was not enabled",
-        "set the bit that is named, if CPUID has the feature",
-        "SDM Vol.2 XSETBV, XGETBV, SYSCALL, SYSRET",
+        "set the bit or the register that is named, if CPUID has the feature",
+        "SDM Vol.2 XSETBV, XSAVE, SYSCALL, SYSRET, SYSENTER, RDFSBASE",
     ),
     "bad-counter": Cause(
         "a performance counter that the processor does not have",

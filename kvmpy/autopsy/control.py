@@ -156,7 +156,9 @@ def _cr4(scene: Scene, value: int) -> Fault | None:
 
 
 def check_msr(scene: Scene, name: str) -> Fault | None:
-    """What RDMSR or WRMSR raises, as far as the architecture says."""
+    """What RDMSR, WRMSR or XSETBV raises, as far as the architecture says."""
+    if name == "xsetbv":
+        return _xcr(scene)
     index = scene.register("ecx")
     value = scene.register("edx") << 32 | scene.register("eax")
     if name == "rdmsr":
@@ -171,3 +173,20 @@ def check_msr(scene: Scene, name: str) -> Fault | None:
     elif index in _BASES and not is_canonical(value, canonical_bits(scene.special)):
         return Fault("non-canonical", f"{_BASES[index]} = {value:#x} is not canonical", GP, 0)
     return None
+
+
+def _xcr(scene: Scene) -> Fault | None:
+    """XSETBV's value (SDM Vol.1 13.3)."""
+    number = scene.register("ecx")
+    value = scene.register("edx") << 32 | scene.register("eax")
+    text = f"XCR{number} = {value:#x}"
+    why = ""
+    if number:
+        why = f"{text}: ECX names the register, and there is only XCR0"
+    elif not value & 1:
+        why = f"{text}: bit 0 (x87) must be set"
+    elif value & 6 == 4:
+        why = f"{text} sets bit 2 (AVX) without bit 1 (SSE)"
+    elif value & 0xE0 and value & 0xE6 != 0xE6:
+        why = f"{text}: bits 5 to 7 (AVX-512) go together, and with bits 1 and 2"
+    return Fault("reserved-control-bit", why, GP, 0) if why else None

@@ -154,6 +154,12 @@ def unseen(scene: Scene, instruction: Instruction | None) -> Fault | None:
         word = f"of {value:#x} to" if name == "wrmsr" else "of"
         why = f"{name} {word} MSR {index:#x}, which the host's KVM refuses"
         return Fault("bad-msr", why, GP, 0)
+    if name in ("sysenter", "sysexit", "sysexitq"):
+        why = f"{name}, most likely with IA32_SYSENTER_CS (MSR 0x174) null, as it is at a reset"
+        return Fault("not-enabled", why, GP, 0)
+    if name in ("vmcall", "vmmcall"):
+        why = f"{name}, which the host's KVM takes for no hypercall"
+        return Fault("invalid-opcode", why, UD)
     if name == "rdpmc":
         why = f"rdpmc of counter {scene.register('ecx'):#x}, which the host's KVM refuses"
         return Fault("bad-counter", why, GP, 0)

@@ -88,7 +88,7 @@ def check_instruction(scene: Scene, instruction: Instruction) -> Fault | None:
         return check_move(scene, instruction)
     if name in ("pop", "lds", "les", "lfs", "lgs", "lss"):
         return check_load(scene, instruction)
-    if name in ("wrmsr", "rdmsr"):
+    if name in ("wrmsr", "rdmsr", "xsetbv"):
         return check_msr(scene, name)
     if name in ("wrfsbase", "wrgsbase"):
         return _base(scene, instruction)
