@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 from kvmpy.autopsy.fault import DOUBLE_FAULT, GP, NP, PF, SS, TS, Fault
 from kvmpy.autopsy.memory import page_fault
 from kvmpy.autopsy.scene import Scene
-from kvmpy.autopsy.selectors import check_descriptor
+from kvmpy.autopsy.selectors import check_descriptor, check_mark
 from kvmpy.views.descriptors import look_up
 from kvmpy.views.formats import canonical_bits, is_canonical
 from kvmpy.views.gates import Gate, gate_at
@@ -98,7 +98,12 @@ def deliver(scene: Scene, fault: Fault) -> Fault | None:
     if gate.kind == "task gate":
         return None  # not looked into
     handler = look_up(scene.read, scene.special, gate.selector).segment
-    return None if handler is None else _stack_fault(scene, fault, gate, handler, name)
+    if handler is None:
+        return None
+    problem = _stack_fault(scene, fault, gate, handler, name)
+    if problem is None and not handler.type & 1:
+        problem = check_mark(scene, gate.selector, "accessed")
+    return problem
 
 
 def _table_fault(scene: Scene, vector: int, name: str, error: int) -> Fault | None:

@@ -10,7 +10,14 @@ from kvmpy.views.descriptors import Descriptor, look_up
 from kvmpy.views.formats import canonical_bits, is_canonical
 from kvmpy.x86.segments import Segment
 
-__all__ = ["check_code", "check_data", "check_descriptor", "check_stack", "check_system"]
+__all__ = [
+    "check_code",
+    "check_data",
+    "check_descriptor",
+    "check_mark",
+    "check_stack",
+    "check_system",
+]
 
 _BUSY, _AVAILABLE, _LDT = (3, 11), (1, 9), 2
 _CALL_GATES = (4, 12)
@@ -85,7 +92,18 @@ def check_code(scene: Scene, selector: int, offset: int, what: str, *, back: boo
     elif offset & 0xFFFF_FFFF > segment.limit:
         why = f"{what} {offset:#x}, beyond the code segment's limit {segment.limit:#x}"
         return Fault("segment-limit", why, GP, 0)
-    return None
+    return None if segment.type & 1 else check_mark(scene, selector, "accessed")
+
+
+def check_mark(scene: Scene, selector: int, bit: str) -> Fault | None:
+    """The #PF of setting a descriptor's accessed or busy bit in a page that is read-only."""
+    table = scene.special.ldt if selector & 4 else scene.special.gdt
+    address = table.base + (selector & ~7)
+    walk = scene.walk(address, "write", cpl=0)
+    if walk.allowed or walk.end != "page":
+        return None
+    what = f"setting the {bit} bit of descriptor {selector & ~7:#x} at {address:#x}"
+    return page_fault(scene, walk, what, stack=False)
 
 
 def _table(scene: Scene, selector: int) -> str:
@@ -125,7 +143,7 @@ def check_stack(scene: Scene, selector: int, cpl: int, what: str, *, bits: int) 
     if not segment.present:
         why = f"{what} stack selector {selector:#x}, whose descriptor is not present (P = 0)"
         return Fault("not-present-segment", why, SS, error)
-    return None
+    return None if segment.type & 1 else check_mark(scene, selector, "accessed")
 
 
 def check_data(scene: Scene, selector: int, name: str) -> Fault | None:
@@ -146,7 +164,7 @@ def check_data(scene: Scene, selector: int, name: str) -> Fault | None:
     if not segment.present:
         why = f"loading {name.upper()} with selector {selector:#x}, whose descriptor is not present"
         return Fault("not-present-segment", why, NP, error)
-    return None
+    return None if segment.type & 1 else check_mark(scene, selector, "accessed")
 
 
 def check_system(scene: Scene, selector: int, register: str) -> Fault | None:
@@ -180,4 +198,4 @@ def check_system(scene: Scene, selector: int, register: str) -> Fault | None:
     if not is_canonical(segment.base, canonical_bits(scene.special)):
         why = f"{what} selector {selector:#x}, whose base {segment.base:#x} is not canonical"
         return Fault("non-canonical", why, GP, error)
-    return None
+    return check_mark(scene, selector, "busy") if register == "TR" else None
