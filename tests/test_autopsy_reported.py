@@ -155,6 +155,22 @@ def test_a_gate_for_ring_3_has_a_dpl(source: str, dpl: int, second: tuple[int, i
     assert found.cause == ("gate-dpl" if second[0] == 13 else "no-rsp0")
 
 
+@pytest.mark.parametrize(
+    ("source", "size", "cause"),
+    [("int3; nop", 1, "no-rsp0"), ("int 0x21; nop", 2, "no-rsp0"), ("nop; nop", 1, "unknown")],
+)
+def test_a_host_that_is_past_the_trap(source: str, size: int, cause: str) -> None:
+    """INT3 in ring 3 that cannot be delivered leaves RIP behind it where the code runs natively."""
+    table = pack("<HHHHII", 0x1000, 8, 0xEE00, 0, 0, 0) * 0x22
+    scene = scene_at(assemble(source, at=0x1000).ljust(0x100, b"\0") + table, ring=3)
+    scene.special.idt = DescriptorTable(0x1100, len(table) - 1)
+    scene.special.tr.base = 0x1600
+    scene.registers.rip += size
+    found = explain_shutdown(scene)
+    assert (found.cause, found.rip) == (cause, None if cause == "unknown" else 0x1000), found
+    assert found.settled == (cause != "unknown")
+
+
 def test_a_stack_where_no_ram_is_ends_the_chain() -> None:
     table = pack("<HHHHII", 0x1000, 8, 0x8E00, 0, 0, 0) * 16
     scene = scene_at(b"\x0f\x0b".ljust(0x100, b"\0") + table)

@@ -11,7 +11,13 @@ from kvmpy.autopsy.scene import Scene
 from kvmpy.views.linear import read_linear
 from kvmpy.x86.flags import RFLAGS
 
-__all__ = ["before_trap", "check_breakpoint", "check_general_detect", "check_single_step"]
+__all__ = [
+    "asked_for",
+    "before_trap",
+    "check_breakpoint",
+    "check_general_detect",
+    "check_single_step",
+]
 
 _DB: Final = 1
 _GENERAL_DETECT: Final = 1 << 13  # DR7.GD
@@ -56,6 +62,13 @@ def before_trap(scene: Scene, vector: int) -> Scene | None:
     if vector in (3, 4) or vector >= _FIRST_FREE:
         return _moved(scene, 2) if _code(scene, 2) == bytes((0xCD, vector)) else None
     return None
+
+
+def asked_for(scene: Scene) -> Scene | None:
+    """The scene at the INT3, INTO or INT n that RIP is past; None where there is none."""
+    number = _code(scene, 2)[1:]
+    vectors = (3, 4, *number)
+    return next((found for one in vectors if (found := before_trap(scene, one)) is not None), None)
 
 
 def _code(scene: Scene, size: int) -> bytes:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Final, NamedTuple
 
 from kvmpy.autopsy.alignment import alignment
-from kvmpy.autopsy.debug import check_breakpoint, check_single_step
+from kvmpy.autopsy.debug import asked_for, check_breakpoint, check_single_step
 from kvmpy.autopsy.delivery import chain
 from kvmpy.autopsy.fault import GP, UD, Fault
 from kvmpy.autopsy.instruction import Instruction, decode
@@ -125,11 +125,24 @@ def explain_shutdown(scene: Scene) -> Finding:
     if fault is None:
         fault = check_single_step(scene) or unseen(scene, instruction)
     if fault is None:
-        return _interrupted(scene, text)
+        return _after_trap(scene) or _interrupted(scene, text)
     faults, shuts_down = chain(scene, fault)
     cause, notes = _cause_of(scene, faults)
     notes += zeros_before(scene) if instruction is None and not notes else ()
     return Finding(cause, faults, text, shuts_down, notes)
+
+
+def _after_trap(scene: Scene) -> Finding | None:
+    """INT3 or INT n just before RIP, where that could not be delivered: some hosts are past it."""
+    asked = asked_for(scene)
+    fault, instruction = first_fault(asked) if asked is not None else (None, None)
+    if asked is None or fault is None or not fault.deliberate:
+        return None
+    faults, shuts_down = chain(scene, fault)
+    if not shuts_down:
+        return None
+    text = describe(asked, instruction)
+    return Finding(faults[1].cause, faults, text, True, rip=asked.registers.rip)
 
 
 def _interrupted(scene: Scene, text: str) -> Finding:
