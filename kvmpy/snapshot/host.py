@@ -58,7 +58,11 @@ _here: Final = Once[_Host]()
 
 
 def _host() -> _Host:
-    """Found out by making a vCPU, once per process.
+    return _here.get(_found)
+
+
+def _found() -> _Host:
+    """Found out by making a vCPU.
 
     What a vCPU reads back counts beside what KVM says that it supports: not every KVM lets CPUID be
     set, and then each vCPU has more than that.
@@ -78,7 +82,7 @@ def _leaves(entries: Sequence[CPUIDEntry]) -> _Leaves:
 
 def check_host(cpus: Sequence[CpuState]) -> None:
     """Raise UnsupportedError, naming what vCPUs in that state need and this host lacks."""
-    host = _here.get(_host)
+    host = _host()
     for state in cpus:
         if missing := [*_missing(state, host)]:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
