@@ -257,7 +257,7 @@ def test_what_cannot_be_written_is_found_before_it_is_needed(tmp_path: Path) -> 
     check_writable(tmp_path / "b.json")
     check_writable(Path("/dev/null"))
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-    for wrong in (tmp_path, tmp_path / "none" / "a", Path("/proc/x.csv")):
+    for wrong in (tmp_path, tmp_path / "none" / "a", Path("/proc/x.csv"), tmp_path / ("a" * 300)):
         with pytest.raises(ConfigError, match="cannot write"):
             check_writable(wrong)
 
@@ -496,6 +496,11 @@ def test_the_document_is_what_its_schema_says(raw: bool, tmp_path: Path) -> None
         ('{"schema": "other"}', "not a result"),
         ('{"schema": "kvmpy-bench", "version": 2}', "version 2"),
         ('{"schema": "kvmpy-bench", "version": 1}', "no measurements"),
+        (
+            '{"schema": "kvmpy-bench", "version": 1, "measurements": [], "environment": null}',
+            "no environment",
+        ),
+        ("[" * 100_000, "not JSON"),
     ],
 )
 def test_what_is_no_document_is_refused(text: str, named: str, tmp_path: Path) -> None:

@@ -293,6 +293,7 @@ def test_across_backends_every_line_says_so(files: tuple[Path, Path]) -> None:
         (lambda text: text.replace('"blocks"', '"pieces"', 1), "measurement 0"),
         (lambda text: text.replace("[6200.0", '["much"', 1), "measurement 0"),
         (lambda text: text.replace('"nested"', '"nest"'), "no backend"),
+        (lambda text: text.replace('{"backend": "kvm_pvm", "nested": true}', "5"), "environment"),
         (lambda _: "", "not JSON"),
     ],
 )

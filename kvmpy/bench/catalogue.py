@@ -26,8 +26,8 @@ def cases(
     """
     names, levels, modes = list(names), list(levels), list(modes)
     for name in names:
-        if name not in OPERATIONS:
-            near = get_close_matches(name, OPERATIONS, n=1)
+        if not isinstance(name, str) or name not in OPERATIONS:
+            near = get_close_matches(str(name), OPERATIONS, n=1)
             meant = f": did you mean {near[0]!r}?" if near else "; `kvmpy bench --list` lists them"
             raise ConfigError(f"no operation {name!r}{meant}")
     for what, given, known in (("level", levels, LEVELS), ("mode", modes, MODES)):

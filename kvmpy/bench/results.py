@@ -95,13 +95,14 @@ def _measurement(one: Measurement, raw: bool) -> dict[str, Any]:
 
 def check_writable(path: Path) -> None:
     """Raise ConfigError, before measuring, for what `save` could not write after it."""
-    if path.is_dir():
-        raise ConfigError(f"cannot write {path}: it is a directory")
-    if path.exists() and not path.is_file():
-        if not os.access(path, os.W_OK):
-            raise ConfigError(f"cannot write {path}: permission denied")
-        return
-    try:  # nothing else tells: a file system may have no room for files of anybody's
+    try:
+        if path.is_dir():
+            raise ConfigError(f"cannot write {path}: it is a directory")
+        if path.exists() and not path.is_file():
+            if not os.access(path, os.W_OK):
+                raise ConfigError(f"cannot write {path}: permission denied")
+            return
+        # Nothing else tells: a file system may have no room for files of anybody's.
         tempfile.NamedTemporaryFile("w", dir=path.parent).close()
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from None
@@ -131,13 +132,14 @@ def load(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ConfigError(f"{path}: not JSON, or cut short") from None
     if not isinstance(data, dict) or data.get("schema") != NAME:
         raise ConfigError(f"{path}: not a result of kvmpy bench")
     if data.get("version") != VERSION:
         raise ConfigError(f"{path}: of version {data.get('version')}; this is {VERSION}")
-    if not isinstance(data.get("measurements"), list) or "environment" not in data:
+    kinds = {"measurements": list, "environment": dict}
+    if not all(isinstance(data.get(name), kind) for name, kind in kinds.items()):
         raise ConfigError(f"{path}: has no measurements, or no environment")
     for number, one in enumerate(data["measurements"]):
         if not _is_measurement(one):
