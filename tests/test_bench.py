@@ -230,6 +230,10 @@ def test_measure_takes_the_level_and_mode_that_there_are(monkeypatch: pytest.Mon
 def test_bad_numbers_are_refused() -> None:
     with pytest.raises(ConfigError, match="0 samples"):
         measure_cases([CASES[0]], 0, 1)
+    with pytest.raises(ConfigError, match="1,000,001 samples: a batch has at most 1,000,000"):
+        measure_cases([CASES[0]], 1_000_001, 1)
+    with pytest.raises(ConfigError, match="no operation None"):
+        measure(None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="3 samples in 5 batches"):
         measure("pio-out", samples=3)
     for wrong, named in (({"batches": 0}, "0 batches"), ({"samples": "a"}, "'a' samples")):

@@ -18,10 +18,13 @@ from kvmpy.bench.worker import frames, unpack
 from kvmpy.errors import ConfigError, HostError
 from kvmpy.kvm import backend, nested
 
-__all__ = ["groups", "measure_cases", "pinning", "refuse_bad_numbers"]
+__all__ = ["MOST_SAMPLES", "groups", "measure_cases", "pinning", "refuse_bad_numbers"]
 
 WARMUP: Final = 100
 DEADLINE: Final = 20.0
+MOST_SAMPLES: Final = 1_000_000
+"""How many samples a batch may have: more would not fit into memory everywhere."""
+_EACH: Final = 0.0005  # seconds more for each sample, or else a large batch seems to hang
 GROUP: Final = 24  # batches to a process, since starting one takes longer than most batches
 _AGAIN: Final = 3  # how often disturbed batches are taken again
 _STARTING: Final = 30.0  # seconds that a process may take beside its batches, on a busy machine
@@ -79,6 +82,8 @@ def measure_cases(
     all. Raises HostError where measuring itself fails.
     """
     refuse_bad_numbers(samples, batches)
+    if samples > MOST_SAMPLES:
+        raise ConfigError(f"{samples:,} samples: a batch has at most {MOST_SAMPLES:,}")
     cases = list(dict.fromkeys(cases))
     taken = _Taken(cases, samples, batches, progress)
     until = monotonic() + seconds
@@ -188,6 +193,7 @@ def _measured(group: Sequence[Case], samples: int) -> list[tuple[Case, Batch | U
 def _process(group: Sequence[Case], samples: int) -> tuple[bytes, str]:
     """What a worker wrote, and what became of it unless it did its work."""
     cpu, helper_cpu = pinning()
+    deadline = DEADLINE + samples * _EACH
     jobs = [
         {
             "operation": case.operation,
@@ -195,14 +201,14 @@ def _process(group: Sequence[Case], samples: int) -> tuple[bytes, str]:
             "mode": case.mode,
             "count": samples,
             "warmup": WARMUP,
-            "deadline": DEADLINE,
+            "deadline": deadline,
             "cpu": cpu,
             "helper_cpu": helper_cpu,
         }
         for case in group
     ]
     command = [sys.executable, "-m", "kvmpy.bench.worker", json.dumps(jobs)]
-    limit = DEADLINE * len(jobs) + _STARTING
+    limit = deadline * len(jobs) + _STARTING
     try:
         done = subprocess.run(
             command, capture_output=True, stdin=subprocess.DEVNULL, timeout=limit, check=False

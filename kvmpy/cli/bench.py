@@ -26,7 +26,8 @@ FULL = (300, 20, 240.0)
 @click.option("--level", "levels", multiple=True, help="kernel, c or python; repeatable.")
 @click.option("--mode", "modes", multiple=True, help="real, protected, long or ring3; repeatable.")
 @click.option("--quick", is_flag=True, help="Fewer samples, and long mode only: under a minute.")
-@click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Samples of each batch.")
+@click.option("--samples", type=click.IntRange(1, 1_000_000), metavar="N",
+              help="Samples of each batch, at most 1,000,000.")  # fmt: skip
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE",
               help="Write the result, as kvmpy/bench/schema.json describes it.")  # fmt: skip
 @click.option("--raw", is_flag=True, help="Every sample goes into the JSON.")
