@@ -560,6 +560,25 @@ def test_the_command_prints_a_table_and_writes_files(tmp_path: Path) -> None:
     assert found["command"][:2] == ["kvmpy", "bench"]
 
 
+@pytest.mark.usefixtures("kvm_host")
+def test_a_result_is_kept_whatever_becomes_of_its_table_or_of_another_file(tmp_path: Path) -> None:
+    result = tmp_path / "a.json"
+    command = [sys.executable, "-m", "kvmpy", "bench", "pio-out", "--level", "c", "--quick"]
+    command += ["--samples", "20", "--json", str(result), "--csv", "/dev/full"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    for told, stdout, stderr in (
+        ("/dev/full", subprocess.PIPE, subprocess.PIPE),
+        ("standard output was closed early", writer, subprocess.PIPE),
+    ):
+        done = subprocess.run(command, stdout=stdout, stderr=stderr, text=True, timeout=60)
+        assert told in done.stderr
+        assert len(load(result)["measurements"]) == 1
+        assert stdout == writer or "Exit latencies" in done.stdout
+        result.unlink()
+    os.close(writer)
+
+
 def test_the_command_lists_what_can_be_measured() -> None:
     done = run("--list")
     assert done.returncode == 0

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -270,6 +271,32 @@ def test_what_the_environments_differ_in_is_said_and_the_raw_ratio(
     done = run(*files)
     assert "kernel: 6.1 -> 6.2" in done.stdout
     assert "mitigations mds: [on] -> off" in done.stdout
+
+
+def test_names_are_shown_as_they_stand(files: tuple[Path, Path]) -> None:
+    for path in files:
+        path.write_text(path.read_text().replace("operation-3", "[/red] :smile:"))
+    assert "[/red] :smile:" in run(*files).stdout
+
+
+def test_a_reader_that_goes_away_does_not_look_like_something_slower(
+    files: tuple[Path, Path],
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    written = files[0].parent / "c.json"
+    command = [sys.executable, "-m", "kvmpy", "bench", "compare", *map(str, files)]
+    command += ["--json", str(written)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (125, "kvmpy: standard output was closed early\n")
+    assert len(json.loads(written.read_text())["comparisons"]) == OPERATIONS
+
+
+def test_a_limit_that_is_no_number_is_refused(files: tuple[Path, Path]) -> None:
+    done = run(*files, "--fail-if-slower", "nan")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "nan" in done.stderr
 
 
 def test_across_backends_every_line_says_so(files: tuple[Path, Path]) -> None:

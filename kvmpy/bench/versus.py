@@ -17,8 +17,7 @@ def table(comparisons: Sequence[Comparison], first: dict[str, Any], second: dict
     unlike = one != other
     backends = f"{one} against {other}" if unlike else one
     differing = [
-        f"{name}: {_shown(before)} -> {_shown(after)}"
-        for name, (before, after) in changes(first, second).items()
+        f"{name}: {before} -> {after}" for name, (before, after) in changes(first, second).items()
     ]
     made = Table(
         title="\n".join([f"Second result against the first, under {backends}", *differing]),
@@ -46,8 +45,3 @@ def table(comparisons: Sequence[Comparison], first: dict[str, Any], second: dict
             row.verdict + (f" ({backends})" if unlike else ""),
         )
     return made
-
-
-def _shown(value: object) -> str:
-    """A fact of an environment; not as rich's markup."""
-    return str(value).replace("[", r"\[")

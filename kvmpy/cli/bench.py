@@ -2,12 +2,13 @@
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from kvmpy.cli.benchwords import BenchCommand, need_numpy, wide_console
+from kvmpy.cli.benchwords import BenchCommand, need_numpy, show
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,21 +96,20 @@ def bench(
     if not measured:
         click.echo("interrupted before anything was measured: nothing is written", err=True)
         return 130
-    console = wide_console()
-    console.print(table(measured, facts))
     falls = waterfalls(measured)
-    if falls:
-        console.print(waterfall_table(falls))
-    if json_path is not None:
-        done = {one.case for one in measured}
-        missing = [case for case in plan if case not in done]
-        command = ["kvmpy", *sys.argv[1:]]
-        result = document(measured, facts, command, raw=raw, missing=missing)
-        save(json_path, json.dumps(result, indent=1) + "\n")
-    if csv_path is not None:
-        save(csv_path, to_csv(measured, facts))
-    if plot_path is not None:
-        plot(measured, facts, plot_path)
+    tables = [table(measured, facts)] + [waterfall_table(falls)] * bool(falls)
+    with ExitStack() as last:  # what took minutes is kept and shown, whichever of these fails
+        last.callback(show, *tables)
+        if plot_path is not None:
+            last.callback(plot, measured, facts, plot_path)
+        if csv_path is not None:
+            last.callback(save, csv_path, to_csv(measured, facts))
+        if json_path is not None:
+            done = {one.case for one in measured}
+            missing = [case for case in plan if case not in done]
+            command = ["kvmpy", *sys.argv[1:]]
+            result = document(measured, facts, command, raw=raw, missing=missing)
+            last.callback(save, json_path, json.dumps(result, indent=1) + "\n")
     return _end(measured, plan)
 
 

@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
+from kvmpy.cli.options import Number
 from kvmpy.errors import ConfigError
 
-__all__ = ["BenchCommand", "need_numpy", "wide_console"]
+__all__ = ["BenchCommand", "need_numpy", "show"]
 
 UNTOLD: Final = 3  # the exit status of a comparison that found nothing slower, and could not have
 
@@ -21,11 +23,20 @@ def need_numpy() -> None:
         raise ConfigError("kvmpy bench needs numpy: pip install 'kvmpy[bench]'")
 
 
-def wide_console() -> Any:
-    """A rich console; in a file or a pipe, wide enough for the tables."""
+def show(*tables: Any) -> None:
+    """Print rich tables; in a file or a pipe, in one width that is enough for them.
+
+    Their text is shown as it stands, since some of it comes from files. Raises OSError where
+    standard output takes nothing: rich itself would end the process, with a bad result's status.
+    """
     from rich.console import Console
 
-    return Console() if Console().is_terminal else Console(width=200)
+    width = None if Console().is_terminal else 200
+    console = Console(width=width, markup=False, emoji=False)
+    with console.capture() as capture:
+        for one in tables:
+            console.print(one)
+    click.echo(capture.get(), nl=False)
 
 
 class BenchCommand(click.Command):
@@ -55,7 +66,7 @@ class BenchCommand(click.Command):
 @click.argument("second", type=click.Path(path_type=Path), metavar="B.json")
 @click.option("--across-backends", "across", is_flag=True,
               help="Compare results of unlike backends, and say so on every line.")  # fmt: skip
-@click.option("--fail-if-slower", "limit", type=click.FloatRange(min=0), metavar="PCT",
+@click.option("--fail-if-slower", "limit", type=Number(min=0), metavar="PCT",
               help="Exit status 1 if anything is slower by more than PCT percent; 3 if not, but "
               "some cases have too few batches to tell, or are gone in B.")  # fmt: skip
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE",
@@ -81,8 +92,12 @@ def compare(
     if not across:
         refuse_unlike(*documents)
     found = compared(*documents)
-    wide_console().print(table(found, *documents))
     change = reference_change(*documents)
+    with ExitStack() as last:  # what was found is kept and shown, whichever of the two fails
+        last.callback(show, table(found, *documents))
+        if json_path is not None:
+            text = json.dumps(document(found, *documents, change), indent=1) + "\n"
+            last.callback(save, json_path, text)
     if abs(change - 1) > 0.05:
         click.echo(
             f"The same reference took {change:.2f} times as long in {second} as in {first}: the "
@@ -92,8 +107,6 @@ def compare(
     for path, result in zip((first, second), documents, strict=True):
         if cut_short(result):
             click.echo(f"{path} is the result of an interrupted run", err=True)
-    if json_path is not None:
-        save(json_path, json.dumps(document(found, *documents, change), indent=1) + "\n")
     slower = [one for one in found if one.verdict == "slower"]
     bad = [one for one in slower if limit is not None and one.ratio > 1 + limit / 100]
     for one in bad:
@@ -114,7 +127,7 @@ def self_test() -> int:
     from kvmpy.bench.selftest import table
 
     checks = tested()
-    wide_console().print(table(checks))
+    show(table(checks))
     bad = [check.name for check in checks if not check.good]
     if not bad:
         click.echo("This machine can be trusted now.")

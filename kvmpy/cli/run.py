@@ -8,7 +8,7 @@ import click
 
 from kvmpy.boot.image import Image, load_image
 from kvmpy.cli import HOST_FAILED, INTERRUPTED, complain
-from kvmpy.cli.options import ADDRESS, SIZE
+from kvmpy.cli.options import ADDRESS, SIZE, Number
 from kvmpy.cli.postmortem import postmortem
 from kvmpy.cli.report import Report
 from kvmpy.cli.stdio import input_file, read_input, write_output
@@ -70,7 +70,7 @@ INPUT: Final = click.option(
     help="Feed the serial port from FILE instead of standard input.",
 )  # fmt: skip
 TIMEOUT: Final = click.option(
-    "--timeout", type=click.FloatRange(min=0, max=1e6), metavar="SECONDS",
+    "--timeout", type=Number(min=0, max=1e6), metavar="SECONDS",
     help="End the run after that long.",
 )  # fmt: skip
 MAX_EXITS: Final = click.option(

@@ -11,6 +11,7 @@ from typing import Any, Final, TextIO
 import click
 
 from kvmpy.cli.live import say
+from kvmpy.cli.options import Number
 from kvmpy.cli.reading import KvmStats, Reader, Reading
 from kvmpy.cli.report import Report
 from kvmpy.cli.run import (
@@ -41,7 +42,7 @@ _TOP: Final = 10
 @TIMEOUT
 @MAX_EXITS
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the tables.")
-@click.option("--interval", type=click.FloatRange(min=0.01, max=1e6), metavar="SECONDS",
+@click.option("--interval", type=Number(min=0.01, max=1e6), metavar="SECONDS",
               help="Also print what was counted every so often.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE",
               help="Write the statistics to FILE instead of standard error.")  # fmt: skip

@@ -8,6 +8,7 @@ import click
 
 from kvmpy.boot.image import Image
 from kvmpy.cli import HOST_FAILED, INTERRUPTED, complain
+from kvmpy.cli.options import Number
 from kvmpy.cli.run import CRASHED, INPUT, TIMED_OUT, guest_options, image_of, input_of
 from kvmpy.cli.symbols import suggestion
 from kvmpy.devices import exit_status
@@ -34,7 +35,7 @@ _STATUS: Final = {"timeout": TIMED_OUT, "stopped": INTERRUPTED, "fail-entry": HO
 @click.option("--from", "start", metavar="PLACE",
               help="Show nothing before the code at an address or symbol.")  # fmt: skip
 @click.option("--diff", is_flag=True, help="A line for each change, with the value before it.")
-@click.option("--timeout", type=click.FloatRange(min=0, max=1e6), default=TIMEOUT,
+@click.option("--timeout", type=Number(min=0, max=1e6), default=TIMEOUT,
               show_default=True, metavar="SECONDS", help="... or after that long.")  # fmt: skip
 def step(
     *,
