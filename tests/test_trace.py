@@ -432,11 +432,30 @@ def test_starting_anew_while_another_thread_runs_is_safe() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"records": -1}, {"records": 1 << 40}, {"when_full": "hand"}, {"when_full": "x"}]
+    "options",
+    [
+        {"records": -1},
+        {"records": 1 << 40},
+        {"records": 1 << 40, "sink": print},
+        {"records": 1.5},
+        {"records": None, "sink": print},
+        {"when_full": "hand"},
+        {"when_full": "x"},
+        {"sink": "x"},
+    ],
 )
-def test_bad_options(options) -> None:
-    with machine() as made, pytest.raises(ConfigError):
-        made.trace.start(**options)
+def test_bad_options_change_nothing(options) -> None:
+    with machine() as made:
+        for _ in range(2):
+            with pytest.raises(ConfigError):
+                made.trace.start(**options)
+            made.trace.stop()
+            made.trace.clear()
+            made.trace.start(64)
+        with pytest.raises(ConfigError):
+            made.trace.start(**options)
+        made.run(max_exits=5)
+        assert len(exits(made.trace)) == 5
 
 
 def test_recording_does_not_disturb_sampling() -> None:

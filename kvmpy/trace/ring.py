@@ -50,9 +50,10 @@ class Ring:
     """
 
     def __init__(self, records: int, when_full: str) -> None:
-        if not 0 <= records <= _MOST or when_full not in WHEN_FULL:
+        known = isinstance(records, int) and when_full in WHEN_FULL
+        if not known or not 0 <= records <= _MOST:
             raise ConfigError(
-                f"records={records}, when_full={when_full!r}: give 0 to {_MOST} records, and "
+                f"records={records!r}, when_full={when_full!r}: give 0 to {_MOST} records, and "
                 "wrap or stop"
             )
         self.capacity = -(-records // _PER_PAGE) * _PER_PAGE

@@ -63,15 +63,20 @@ class Trace(Sequence[Record]):
         `totals`). A `sink` gets every record a few times a second and whenever the ring is
         full, on the thread that runs the vCPU, so that none is lost; after that `len()` is 0.
 
-        Raises ConfigError for a size or policy that there is not, and for a sink without records.
+        Raises ConfigError for a size or policy that there is not, and for a sink that is no
+        function or has no records, and goes on as before.
         """
         if when_full not in ("wrap", "stop"):
             raise ConfigError(f"when_full={when_full!r}: give wrap or stop")
-        if sink is not None and records < 1:
+        if sink is not None and not callable(sink):
+            raise ConfigError(f"sink={sink!r}: give a function of a record")
+        wanted = records, "hand" if sink is not None else when_full
+        rings = self._made(wanted)
+        if sink is not None and not records:
             raise ConfigError("a sink gets records: give room for some")
         self.stop()
-        self._wanted, self.sink = (records, "hand" if sink else when_full), sink
-        self._renew()
+        self._wanted, self.sink = wanted, sink
+        self._renew(rings)
         for cpu in self._cpus:
             cpu.loop.watch |= lib.KVMPY_RECORD
 
@@ -88,10 +93,12 @@ class Trace(Sequence[Record]):
     def clear(self) -> None:
         """Forget all records and counts; views keep what they show."""
         if self.rings:
-            self._renew()
+            self._renew(self._made(self._wanted))
 
-    def _renew(self) -> None:
-        rings = [Ring(*self._wanted) for _ in self._cpus]
+    def _made(self, wanted: tuple[int, str]) -> list[Ring]:
+        return [Ring(*wanted) for _ in self._cpus]
+
+    def _renew(self, rings: list[Ring]) -> None:
         for cpu, ring in zip(self._cpus, rings, strict=True):
             # A thread may be in the C loop, with the old one in its hands.
             cpu.keeps = [*(cpu.keeps if cpu.loop.running else ()), ring]
@@ -133,7 +140,7 @@ class Trace(Sequence[Record]):
         if len(self._cpus) != 1:
             raise ConfigError(f"this machine has {len(self._cpus)} vCPUs: use trace.rings[n].view")
         if not self.rings:
-            self._renew()
+            self._renew(self._made(self._wanted))
         return self.rings[0].view
 
     def tallies(self) -> list[Tally]:
