@@ -14,7 +14,7 @@ static inline int noop_ioctl(int fd, unsigned long request, uintptr_t argument)
 
 #include "floor.h"
 
-/* Nobody kicks a loop that runs no guest. */
+/* Nobody kicks a loop that runs no guest, and there is no other thread. */
 int kvmpy_unkick(struct kvmpy_loop *loop)
 {
     (void)loop;
@@ -25,6 +25,17 @@ int kvmpy_interrupted(struct kvmpy_loop *loop)
 {
     (void)loop;
     return KVMPY_HEARTBEAT;
+}
+
+int kvmpy_claim(struct kvmpy_loop *loop)
+{
+    (void)loop;
+    return 0;
+}
+
+void kvmpy_release(struct kvmpy_loop *loop)
+{
+    (void)loop;
 }
 
 int noop_run(void *loop)

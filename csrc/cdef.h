@@ -83,6 +83,7 @@ struct kvmpy_loop {
     uint32_t incomplete;
     uint32_t held;
     uint32_t running;
+    uint32_t finishing;
     uint32_t open;
     uint32_t awaiting;
     int32_t handed;
@@ -94,6 +95,8 @@ void kvmpy_end(struct kvmpy_loop *loop);
 int kvmpy_run(struct kvmpy_loop *loop);
 void kvmpy_unread(struct kvmpy_loop *loop);
 int kvmpy_finish(struct kvmpy_loop *loop);
+int kvmpy_in_use(struct kvmpy_loop *loop);
+void kvmpy_retire(struct kvmpy_loop *loop);
 void kvmpy_kick(struct kvmpy_loop *loop);
 int kvmpy_unkick(struct kvmpy_loop *loop);
 void kvmpy_forget_end(struct kvmpy_loop *loop);

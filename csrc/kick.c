@@ -13,6 +13,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -122,16 +123,72 @@ static int make_timer(struct kvmpy_loop *loop, int number, const struct thread *
     return 0;
 }
 
+/* `running` and `finishing` exclude each other, but for one thread: whoever sets one looks at the
+ * other afterwards, so that of two threads at least one sees the other. */
+static int take_running(struct kvmpy_loop *loop)
+{
+    uint32_t free = 0;
+
+    if (!__atomic_compare_exchange_n(&loop->running, &free, 1, 0, __ATOMIC_SEQ_CST,
+                                     __ATOMIC_SEQ_CST))
+        return 0;
+    if (!__atomic_load_n(&loop->finishing, __ATOMIC_SEQ_CST))
+        return 1;
+    __atomic_store_n(&loop->running, 0, __ATOMIC_SEQ_CST);
+    return 0;
+}
+
+/* Keep other threads from running and finishing. 1: until kvmpy_release(); 0: this thread runs it,
+ * and so they are kept already; -EBUSY: one of them does. */
+int kvmpy_claim(struct kvmpy_loop *loop)
+{
+    uint32_t free = 0;
+
+    if (__atomic_load_n(&loop->thread, __ATOMIC_SEQ_CST) == this_thread()->id)
+        return 0;
+    if (!__atomic_compare_exchange_n(&loop->finishing, &free, 1, 0, __ATOMIC_SEQ_CST,
+                                     __ATOMIC_SEQ_CST))
+        return -EBUSY;
+    if (!__atomic_load_n(&loop->running, __ATOMIC_SEQ_CST))
+        return 1;
+    kvmpy_release(loop);
+    return -EBUSY;
+}
+
+void kvmpy_release(struct kvmpy_loop *loop)
+{
+    __atomic_store_n(&loop->finishing, 0, __ATOMIC_SEQ_CST);
+}
+
+/* Whether C may have in its hands what the loop pointed to before this call. */
+int kvmpy_in_use(struct kvmpy_loop *loop)
+{
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    return __atomic_load_n(&loop->running, __ATOMIC_SEQ_CST) ||
+           __atomic_load_n(&loop->finishing, __ATOMIC_SEQ_CST);
+}
+
+/* The vCPU's mapping goes: nothing in C may touch it any more. Waits for a kvmpy_finish() under
+ * way, which enters no guest. Not for the child of a fork, where that thread may not exist. */
+void kvmpy_retire(struct kvmpy_loop *loop)
+{
+    uint32_t free = 0;
+
+    while (!__atomic_compare_exchange_n(&loop->finishing, &free, 1, 0, __ATOMIC_SEQ_CST,
+                                        __ATOMIC_SEQ_CST)) {
+        free = 0;
+        sched_yield();
+    }
+}
+
 /* Make this thread the one that runs the vCPU; timeout_ns < 0 means no deadline.
  * -EBUSY: another thread has it, or this one further up its stack. */
 int kvmpy_begin(struct kvmpy_loop *loop, int64_t timeout_ns)
 {
     sigset_t signals, before;
     const struct thread *thread = this_thread();
-    uint32_t free = 0;
 
-    if (!__atomic_compare_exchange_n(&loop->running, &free, 1, 0, __ATOMIC_SEQ_CST,
-                                     __ATOMIC_SEQ_CST))
+    if (!take_running(loop))
         return -EBUSY;
     int number = is_ours(kick_signal) ? kick_signal : choose_signal();
     int result = number;
@@ -191,15 +248,12 @@ void kvmpy_next(struct kvmpy_loop *loop, int64_t timeout_ns)
  * ticking for this thread, no system call is made. A deadline is then seen at a heartbeat. */
 int kvmpy_resume(struct kvmpy_loop *loop, int64_t timeout_ns)
 {
-    uint32_t free = 0;
-
     if (!loop->ticking || loop->timer_thread != this_thread()->serial) {
         int result = kvmpy_begin(loop, timeout_ns);
         loop->ticking = result == 0;
         return result;
     }
-    if (!__atomic_compare_exchange_n(&loop->running, &free, 1, 0, __ATOMIC_SEQ_CST,
-                                     __ATOMIC_SEQ_CST))
+    if (!take_running(loop))
         return -EBUSY;
     kvmpy_next(loop, timeout_ns);
     loop->outer = innermost;

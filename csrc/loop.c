@@ -388,10 +388,7 @@ void kvmpy_unread(struct kvmpy_loop *loop)
     loop->returned = KVMPY_HEARTBEAT;
 }
 
-/* Finish the exit at hand without running the guest any further: KVM_RUN with
- * immediate_exit commits it (KVM API, 5. "The kvm_run structure", immediate_exit). A split or
- * exchanging access gives another exit, which is served as well. */
-int kvmpy_finish(struct kvmpy_loop *loop)
+static int finish(struct kvmpy_loop *loop)
 {
     struct kvm_run *run = loop->run;
 
@@ -432,4 +429,19 @@ int kvmpy_finish(struct kvmpy_loop *loop)
             return loop->incomplete ? KVMPY_EXIT : KVMPY_COMPLETED;
         }
     }
+}
+
+/* Finish the exit at hand without running the guest any further: KVM_RUN with
+ * immediate_exit commits it (KVM API, 5. "The kvm_run structure", immediate_exit). A split or
+ * exchanging access gives another exit, which is served as well. -EBUSY: another thread has the
+ * vCPU, or it is retired. */
+int kvmpy_finish(struct kvmpy_loop *loop)
+{
+    int claimed = kvmpy_claim(loop);
+    if (claimed < 0)
+        return claimed;
+    int result = finish(loop);
+    if (claimed)
+        kvmpy_release(loop);
+    return result;
 }

@@ -96,6 +96,7 @@ struct kvmpy_loop {
     uint32_t incomplete; /* the kernel must be entered once more to finish the exit */
     uint32_t held;       /* an exit found while finishing another waits for its turn */
     uint32_t running;    /* between begin and end */
+    uint32_t finishing;  /* a thread that does not run it is in kvmpy_finish(); or it is retired */
     uint32_t open;       /* accesses of the current exit are not all served yet */
     uint32_t awaiting;   /* Python has one of them; cleared, it is handed over again */
     int32_t handed;      /* the last of them; Python clears it where it keeps none */
@@ -136,11 +137,15 @@ void kvmpy_quiet(struct kvmpy_loop *loop);
 int kvmpy_run(struct kvmpy_loop *loop);
 void kvmpy_unread(struct kvmpy_loop *loop);
 int kvmpy_finish(struct kvmpy_loop *loop);
+int kvmpy_in_use(struct kvmpy_loop *loop);
+void kvmpy_retire(struct kvmpy_loop *loop);
 void kvmpy_kick(struct kvmpy_loop *loop);
 int kvmpy_unkick(struct kvmpy_loop *loop);
 void kvmpy_forget_end(struct kvmpy_loop *loop);
 void kvmpy_forget(struct kvmpy_loop *loop);
 int kvmpy_interrupted(struct kvmpy_loop *loop);
+int kvmpy_claim(struct kvmpy_loop *loop);
+void kvmpy_release(struct kvmpy_loop *loop);
 uint64_t kvmpy_clock_cost(uint32_t pairs);
 uint64_t kvmpy_take(struct kvmpy_action *action, uint8_t *into, uint64_t limit);
 

@@ -93,6 +93,8 @@ class VCPU(VcpuRegisters):
                 self._run = run
                 raise
             if run is not None:
+                if self._process == os.getpid():
+                    lib.kvmpy_retire(self.loop)
                 lib.kvmpy_forget(self.loop)
                 with suppress(BufferError):  # a frame of a traceback's looks at it still
                     run.close()
@@ -132,6 +134,7 @@ class VCPU(VcpuRegisters):
 
     def begin_error(self, code: int) -> Exception:
         """The exception for an errno of kvmpy_begin()'s."""
+        self.run_page  # noqa: B018 - C says that of a closed one, too
         if code == errno.EBUSY:
             return ConfigError(f"{self.what} is already running: one thread at a time, once")
         if code == errno.ENOSPC:
@@ -176,6 +179,8 @@ class VCPU(VcpuRegisters):
         if code == errno.EINVAL and dirty & SYNC_SREGS:
             self.run_page[OFFSET_DIRTY_REGS] = dirty & ~SYNC_SREGS
             return self._refusal()
+        if code == errno.EBUSY:
+            return ConfigError(f"{self.what} is run or finished by another thread: one at a time")
         return host_error(code, f"KVM_RUN of {self.what}", _RUN_ERRORS.get(code, ""))
 
     def kick(self) -> None:

@@ -1,10 +1,12 @@
 """Several vCPUs and several machines at once, each on its own thread, and one inside another."""
 
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from kvmpy.devices.native import Constant, Counter, Sink
 
 pytestmark = pytest.mark.usefixtures("kvm_host")
 
+ROOT = Path(__file__).parent.parent
 SPIN = b"\xeb\xfe"
 WRITE_FOREVER = bytes.fromhex("e610 fec0 ebfa")  # again: out 0x10, al; inc al; jmp again
 PATIENCE = 10.0
@@ -440,3 +443,76 @@ def test_claims_change_on_another_thread_while_the_guest_runs() -> None:
         assert result.unclaimed == ()
         assert changes > 100
         assert result.exits["mmio-read"] > 100
+
+
+def finishable() -> Machine:
+    """At an exit that KVM has yet to finish, being recorded."""
+    machine = real(WRITE_FOREVER, devices=False)
+    machine.trace.start(64)
+    assert machine.run(max_exits=1).outcome == "max-exits"
+    return machine
+
+
+def test_what_one_thread_finishes_is_not_run_finished_or_closed_by_another() -> None:
+    with finishable() as machine:
+        (cpu,) = machine.cpus
+        snapshot = machine.snapshot()
+        for _ in range(2):
+            machine.reset_to(snapshot)
+            machine.run(max_exits=1)
+        cpu.loop.finishing = 1  # as in the middle of another thread's kvmpy_finish()
+        with pytest.raises(ConfigError, match="finished by another thread"):
+            cpu.finish()
+        with pytest.raises(ConfigError, match="already running"):
+            machine.run(max_exits=1)
+        with pytest.raises(ConfigError, match="finished by another thread"):
+            machine.reset_to(snapshot)
+        machine.trace.start(64)
+        assert len(cpu.keeps) == 2  # that thread may be filling the first one
+        closer = threading.Thread(target=machine.close)
+        closer.start()
+        closer.join(0.05)
+        assert closer.is_alive() and not machine.vm.closed
+        cpu.loop.finishing = 0
+        closer.join(PATIENCE)
+        assert machine.vm.closed
+    with finishable() as machine:
+        machine.cpus[0].finish()
+        assert machine.run(max_exits=1).outcome == "max-exits"
+
+
+STORM = """
+import threading, time
+from kvmpy import KvmpyError
+from tests.test_threads import finishable
+
+machines, until = [finishable()], time.monotonic() + 0.7
+
+def finish():
+    while time.monotonic() < until:
+        try:
+            machines[-1].run(max_exits=1)
+            machines[-1].cpus[0].finish()
+        except KvmpyError:
+            pass
+
+def close():
+    while time.monotonic() < until:
+        try:
+            machines.append(finishable())
+            machines.pop(0).close()
+        except KvmpyError:
+            pass
+
+threads = [threading.Thread(target=one) for one in (finish, finish, close)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_machines_that_threads_finish_exits_of_are_closed_without_a_crash() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", STORM]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")

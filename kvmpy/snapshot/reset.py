@@ -5,6 +5,7 @@ else has touched RAM (a view, a buffer that was given away) nobody logs: then th
 tables tell, and so they do where KVM has no manual protection, or the log is somebody else's.
 """
 
+import errno
 import struct
 from collections.abc import Iterator
 from typing import Any, Final
@@ -103,6 +104,8 @@ class Resetter:
 
     def error(self, code: int) -> Exception:
         """The exception for an errno of C's part."""
+        if code == errno.EBUSY:
+            return ConfigError("a vCPU is run or finished by another thread: stop it first")
         failed = self._calls[self.native.failed].what if self._calls else "the dirty log"
         return host_error(code, f"going back to a snapshot: {failed}")
 

@@ -100,9 +100,10 @@ class Trace(Sequence[Record]):
 
     def _renew(self, rings: list[Ring]) -> None:
         for cpu, ring in zip(self._cpus, rings, strict=True):
-            # A thread may be in the C loop, with the old one in its hands.
-            cpu.keeps = [*(cpu.keeps if cpu.loop.running else ()), ring]
+            cpu.keeps = [*cpu.keeps, ring]
             cpu.loop.recorder = ring.recorder
+            if not lib.kvmpy_in_use(cpu.loop):  # or else a thread has the old one in its hands
+                cpu.keeps = [ring]
         self.rings = rings
         self._names = [Names(self._find) for _ in self._cpus]
 
