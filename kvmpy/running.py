@@ -135,8 +135,8 @@ class Running:
         while left:
             rest = None if deadline is None else max(0.0, deadline - time.monotonic())
             exit_ = vcpu.run(rest)
-            self._watched.add(vcpu)
             try:
+                self._watched.add(vcpu)  # in here, as a signal handler may raise right after it
                 serve_one(vcpu, self.dispatch, exit_)
             finally:
                 self._watched.discard(vcpu)

@@ -57,6 +57,11 @@ class VCPU(VcpuRegisters):
         ring_page: int,
         xsave_size: int,
     ) -> None:
+        # First what closing needs: a signal handler may raise anywhere.
+        self.loop: Any = ffi.new("struct kvmpy_loop *")
+        """The C loop's view of this vCPU (csrc/loop.h)."""
+        self._process = os.getpid()
+        self._closing = threading.RLock()  # kick() touches the mapping, from any thread
         super().__init__(fd, f"vCPU {index}")
         self.index = index
         self.can_sync = sync_regs
@@ -65,11 +70,7 @@ class VCPU(VcpuRegisters):
         """Serves what finishing an exit brings up; a machine sets it."""
         self.keeps: list[object] = []
         """Whatever the C loop has pointers to (a recorder, see `trace`)."""
-        self.loop: Any = ffi.new("struct kvmpy_loop *")
-        """The C loop's view of this vCPU (csrc/loop.h)."""
         self._counters = memoryview(ffi.buffer(ffi.addressof(self.loop, "exits")))
-        self._process = os.getpid()
-        self._closing = threading.RLock()  # kick() touches the mapping, from any thread
         try:
             self._run = run = mmap.mmap(fd, mmap_size)
         except BaseException as error:

@@ -42,8 +42,8 @@ class VcpuRegisters(VcpuState):
     """The KVM_SYNC_X86_* bits that the host supports."""
 
     def __init__(self, fd: int, what: str) -> None:
-        super().__init__(fd, what)
         self._run: mmap.mmap | None = None
+        super().__init__(fd, what)
         self._runner = 0  # the thread that runs the vCPU, or ran it last
         self.outdated_at = 0
         """How often it had been entered when an ioctl last outdated the mapping."""

@@ -46,10 +46,11 @@ class VM(InterruptController):
     """
 
     def __init__(self, fd: int, vcpu_mmap_size: int | Facts) -> None:
-        super().__init__(fd, "the VM")
+        # First what closing needs: a signal handler may raise anywhere.
         self._whole, self._process = threading.RLock(), os.getpid()
         self.memory = AddressSpace()
         self.vcpus: list[VCPU] = []
+        super().__init__(fd, "the VM")
         self.logs_for_reset = False
         """Whether the dirty log is kvmpy's own (see `snapshot.reset`)."""
         self.for_vmx = False

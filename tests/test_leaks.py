@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from kvmpy import KVM, HostError, KvmpyError, KVMUnavailableError, Machine, abi
+from kvmpy import KVM, VCPU, VM, HostError, KvmpyError, KVMUnavailableError, Machine, abi
 from kvmpy import kvm as kvm_module
 from kvmpy.abi import lib
+from kvmpy.descriptor import Descriptor
 from kvmpy.once import Once
 from kvmpy.x86.state import SpecialRegisters
 
@@ -301,3 +302,26 @@ def test_failing_timer_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) ->
                 one.run(TIMEOUT)
         assert resources() == before
         assert one.run(TIMEOUT).outcome == "halt"
+
+
+@pytest.mark.parametrize("what", [VM, VCPU])
+def test_a_signal_while_a_descriptor_is_made_into_an_object_leaves_none_open(
+    what: type[Descriptor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever has its descriptor can be closed, and so it is when it goes."""
+    fd = os.open(os.devnull, os.O_RDONLY)
+    real = Descriptor.__init__
+
+    def interrupted(self: Descriptor, *arguments: Any) -> None:
+        real(self, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Descriptor, "__init__", interrupted)
+    numbers = {VM: (0,), VCPU: (0, 0)}[what]
+    options = {"sync_regs": 0, "ring_page": 0, "xsave_size": 0} if what is VCPU else {}
+    with pytest.warns(ResourceWarning, match="never closed"):
+        with pytest.raises(KeyboardInterrupt):
+            what(fd, *numbers, **options)  # type: ignore[arg-type]
+        gc.collect()
+    with pytest.raises(OSError):
+        os.fstat(fd)

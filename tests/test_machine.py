@@ -741,3 +741,22 @@ def test_a_posted_machine_can_be_driven_by_its_vcpu(posted: dict[str, Any]) -> N
         assert machine.cpus[0].run(timeout=0.01) == Interrupted("timeout")
         machine.run(timeout=0.01)
         assert machine.console == bytes(range(40, 0, -1))
+
+
+class _InterruptedAfter(set):  # type: ignore[type-arg]
+    """A set to which adding is the last that is done before Ctrl-C."""
+
+    def add(self, one: object) -> None:
+        super().add(one)
+        raise KeyboardInterrupt
+
+
+def test_a_signal_just_before_a_watched_exit_is_served_leaves_the_machine_usable() -> None:
+    with Machine("1M") as machine:
+        machine.load(b"\xe6\xe9" + HALT)  # out 0xe9, al
+        machine._watched = _InterruptedAfter()
+        with pytest.raises(KeyboardInterrupt):
+            list(machine.exits(timeout=10))
+        machine._watched = set(machine._watched)
+        machine.check_stopped()
+        assert machine.run(timeout=10).outcome == "halt"
