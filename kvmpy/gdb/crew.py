@@ -5,11 +5,14 @@ import queue
 import select
 import threading
 from collections.abc import Callable, Iterable
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from kvmpy.gdb.stops import Ended, Failed, Stop
 
 __all__ = ["Came", "Watch", "readable", "run_together", "wants_stop"]
+
+# Seconds after which Python looks for signals: one that a vCPU's thread took ends no poll here.
+_BEAT: Final = 0.1
 
 Came: TypeAlias = Stop | Ended | Failed
 
@@ -74,9 +77,10 @@ def run_together(
             if fd < 0:
                 interrupted = True
                 break
-            if read_end in readable([read_end, fd]):
+            there = readable([read_end, fd], _BEAT)
+            if read_end in there:
                 os.read(read_end, len(threads))
-            elif watch.interrupted():
+            elif fd in there and watch.interrupted():
                 interrupted = True
                 break
             while not done.empty():
