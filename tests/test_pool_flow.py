@@ -1,5 +1,8 @@
 """Inputs out in chunks, outcomes back: sizes, order, how far ahead. No guest runs here."""
 
+import signal
+import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from io import StringIO
@@ -67,6 +70,25 @@ def test_a_chunk_takes_the_time_it_should() -> None:
     assert all(b <= 4 * a for a, b in pairwise(sizes))
 
 
+def test_ctrl_c_that_another_thread_takes_is_not_lost() -> None:
+    workers, over, gave_up = Later(), threading.Event(), list[bool]()
+
+    def work() -> None:
+        time.sleep(0.2)  # the main thread is waiting now
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        if not over.wait(20):
+            gave_up.append(True)
+            workers.answer()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        next(flow_of(range(1)).outcomes(workers.submit))
+    over.set()
+    thread.join()
+    assert not gave_up
+
+
 @pytest.mark.parametrize("total", [1, 7, 64, 1000])
 def test_the_last_inputs_are_shared_out(total: int) -> None:
     workers = AtOnce(lambda one: 1e-6)
@@ -107,7 +129,7 @@ def test_each_input_has_one_outcome_whatever_comes_first(
         def __init__(self, inner: Any) -> None:
             self.inner = inner
 
-        def get(self) -> Any:
+        def get(self, timeout: float | None = None) -> Any:
             if self.inner.empty():
                 later.answer(next(order))
             return self.inner.get()

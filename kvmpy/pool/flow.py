@@ -4,9 +4,10 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from kvmpy.outcome import Outcome
@@ -28,6 +29,9 @@ _AHEAD: Final = 3
 """Chunks for each worker that are given out."""
 _WAITING: Final = 6
 """Chunks for each worker whose outcomes wait for those before them."""
+_BEAT: Final = 0.1
+"""Seconds after which Python looks for signals: one that a thread of an executor's took, as the
+threads that run vCPUs may, ends no wait here."""
 _STRIKES: Final = 3
 """Workers that one input may end."""
 
@@ -73,13 +77,18 @@ class Flow(Generic[_T]):
             self._fill(submit)
             if not self._pending:
                 break
-            self._receive(self._completed.get())
+            self._receive(self._one_completed())
             while not self._completed.empty():
                 self._receive(self._completed.get())
             self._fill(submit)  # before the consumer has its time
             yield from self._due()
         if self._failed is not None:
             raise self._failed
+
+    def _one_completed(self) -> _Chunk[_T]:
+        while True:
+            with suppress(Empty):
+                return self._completed.get(timeout=_BEAT)
 
     def cancel(self) -> None:
         """Give up what has not been begun."""
