@@ -67,8 +67,10 @@ int kvmpy_make_calls(const struct kvmpy_call *calls, uint32_t count, int *result
         if (result < 0) {
             *failed = at;
             while (at--)
-                if (calls[at].opens)
+                if (calls[at].opens) {
                     close(results[at]);
+                    results[at] = -1;
+                }
             return result;
         }
         if (results)

@@ -16,6 +16,7 @@ from kvmpy import kvm as kvm_module
 from kvmpy.abi import lib
 from kvmpy.descriptor import Descriptor
 from kvmpy.once import Once
+from kvmpy.snapshot import spawn
 from kvmpy.x86.state import SpecialRegisters
 
 pytestmark = pytest.mark.usefixtures("kvm_host")
@@ -302,6 +303,31 @@ def test_failing_timer_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) ->
                 one.run(TIMEOUT)
         assert resources() == before
         assert one.run(TIMEOUT).outcome == "halt"
+
+
+def test_a_signal_that_comes_while_a_copy_is_made_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python has a handler run, and raise, as soon as C has made all of it."""
+    with Machine("1M") as machine:
+        machine.load(HALTS)
+        snapshot = machine.snapshot()
+    Machine.from_snapshot(snapshot).close()
+    before, calls = resources(), spawn.lib.kvmpy_make_calls
+
+    class Lib:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(lib, name)
+
+        def kvmpy_make_calls(self, *arguments: Any) -> int:
+            assert calls(*arguments) >= 0
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spawn, "lib", Lib())
+        with pytest.raises(KeyboardInterrupt):
+            Machine.from_snapshot(snapshot)
+    assert resources() == before
 
 
 @pytest.mark.parametrize("what", [VM, VCPU])

@@ -114,12 +114,16 @@ class Plan:
     def make(self) -> tuple[KVM, VM]:
         """A new VM at the snapshot, with its vCPUs."""
         regions: list[Memory] = []
+        results = ffi.new("int[]", [-1] * len(self._calls))
         try:
             for slot, image in enumerate(self._images):
                 region = image.map(slot)
                 regions.append(region)
-            results = self._make(regions)
+            self._make(regions, results)
         except BaseException:
+            for call, result in zip(self._calls, results, strict=True):
+                if call.opens and result >= 0:  # a signal handler raised when all was made
+                    os.close(result)
             for region in regions:
                 region.close()
             raise
@@ -137,8 +141,8 @@ class Plan:
             raise
         return kvm, vm
 
-    def _make(self, regions: list[Memory]) -> Any:
-        results, failed = ffi.new("int[]", len(self._calls)), ffi.new("uint32_t *")
+    def _make(self, regions: list[Memory], results: Any) -> None:
+        failed = ffi.new("uint32_t *")
         with self._lock:  # the addresses are put into what all threads share
             for slot, region in zip(self._slots, regions, strict=True):
                 struct.pack_into("<Q", slot, _USERSPACE_ADDR, region.host_address)
@@ -146,7 +150,6 @@ class Plan:
         if code < 0:
             what = self._calls[failed[0]].what
             raise host_error(-code, f"making a machine from a snapshot: {what}")
-        return results
 
 
 def _differing(cpu: VCPU, state: CpuState, fresh: CpuState) -> dict[str, bytearray]:
