@@ -1,5 +1,6 @@
 """Typed access to guest memory by guest-physical address, whatever the memory is made of."""
 
+from operator import index
 from typing import Final, TypeAlias
 
 from kvmpy.errors import AddressError, ConfigError
@@ -40,9 +41,13 @@ class GuestAccess:
         return int.from_bytes(self.read(address, 8), "little")
 
     def _write_integer(self, address: int, value: int, size: int) -> None:
-        if not 0 <= value < 1 << 8 * size:
-            raise ConfigError(f"{value:#x} does not fit {size} byte(s) of memory at {address:#x}")
-        self.write(address, value.to_bytes(size, "little"))
+        try:
+            number = index(value)  # numpy's integers have no to_bytes()
+        except TypeError:
+            raise ConfigError(f"{value!r:.80} is no integer to write to memory") from None
+        if not 0 <= number < 1 << 8 * size:
+            raise ConfigError(f"{number:#x} does not fit {size} byte(s) of memory at {address:#x}")
+        self.write(address, number.to_bytes(size, "little"))
 
     def write_u8(self, address: int, value: int) -> None:
         """Write one byte; ConfigError for a value outside of 0 to 0xff."""
@@ -85,11 +90,11 @@ class GuestAccess:
     def __setitem__(self, key: int | slice, value: int | Bytes) -> None:
         if isinstance(key, slice):
             start, stop = _bounds(key)
-            if isinstance(value, int) or memoryview(value).nbytes != stop - start:
+            if hasattr(value, "__index__") or memoryview(value).nbytes != stop - start:
                 raise ConfigError(f"addresses {start:#x} to {stop:#x} take {stop - start} bytes")
             self.write(start, value)
-        elif isinstance(value, int):
-            self.write_u8(key, value)
+        elif hasattr(value, "__index__"):
+            self.write_u8(key, index(value))
         else:
             raise ConfigError(f"address {key:#x} takes one byte as an integer")
 

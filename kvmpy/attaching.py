@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from kvmpy.bus import AccessFunction, Claim, Device, FunctionDevice, check_device, check_place
 from kvmpy.dispatch import Dispatch
-from kvmpy.errors import OverlapError
+from kvmpy.errors import ConfigError, OverlapError
 from kvmpy.memory import PAGE_SIZE
 from kvmpy.vm import VM
 
@@ -44,6 +44,8 @@ class Attaching:
 
     def detach(self, claim: Claim) -> None:
         """Take back what `attach_port` or `attach_mmio` gave."""
+        if not isinstance(claim, Claim):
+            raise ConfigError(f"{claim!r:.80} is no claim: attach_port and attach_mmio give them")
         bus = self.dispatch.ports
         if bus.find(claim.base) is not claim:
             bus = self.dispatch.mmio

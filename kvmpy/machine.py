@@ -243,6 +243,10 @@ class Machine(Spawning, Attaching, Viewing, Debugging):
 
     def load_image(self, image: Image) -> None:
         """Copy every segment of an image into RAM and start where it says (see `boot`)."""
+        if not isinstance(image, Image):
+            raise ConfigError(
+                f"{image!r:.80} is no Image: kvmpy.load_image makes one of a guest's name or file"
+            )
         place_image(image, self.layout, self.memory)
         for segment in image.segments:
             self.symbols |= places(image.symbols, segment.address, segment.memory_size)

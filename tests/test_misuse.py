@@ -141,3 +141,26 @@ def test_options_that_a_copy_does_not_take(snapshot: Snapshot) -> None:
         message = f"no option {named}: a copy is .* takes attach, across_backends, output and input"
         with pytest.raises(ConfigError, match=message):
             Machine.from_snapshot(snapshot, **options)
+
+
+def test_what_is_no_number_claim_or_image_is_refused(machine: Machine) -> None:
+    for given in (1.5, "x", None):
+        with pytest.raises(ConfigError, match="no integer"):
+            machine.memory.write_u16(0x2000, given)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no claim"):
+        machine.detach(0x10)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no Image"):
+        machine.load_image("hello_long")  # type: ignore[arg-type]
+
+
+class Number:
+    """An integer that is no int, such as numpy's."""
+
+    def __index__(self) -> int:
+        return 0x81
+
+
+def test_integers_of_others_are_written(machine: Machine) -> None:
+    machine.memory.write_u16(0x2000, Number())  # type: ignore[arg-type]
+    machine.memory[0x2003] = Number()  # type: ignore[assignment]
+    assert machine.memory.read(0x2000, 4) == b"\x81\0\0\x81"
