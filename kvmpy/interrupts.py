@@ -100,7 +100,7 @@ class InterruptController(Descriptor):
     def create_pit(self, speaker_dummy: bool = False) -> None:
         """An i8254 in the kernel; it needs the full irqchip (KVM_CREATE_PIT2)."""
         hint = "the PIT needs create_irqchip() first"
-        self.ioctl("CREATE_PIT2", bytearray(struct.pack("<I60x", int(speaker_dummy))), hint)
+        self.ioctl("CREATE_PIT2", pack("CREATE_PIT2", "<I60x", int(speaker_dummy)), hint)
         self.has_pit = True
 
     def irq_line(self, gsi: int, level: bool) -> int:

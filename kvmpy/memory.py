@@ -8,6 +8,7 @@ import bisect
 import mmap
 import os
 from collections.abc import Iterator
+from operator import index
 from typing import Final
 
 from kvmpy.abi import address_of
@@ -221,6 +222,7 @@ def _host_error(what: str, error: Exception) -> HostError:
 
 
 def _check_range(address: int, size: int) -> None:
+    index(address), index(size)
     if size <= 0 or size % PAGE_SIZE:
         raise ConfigError(f"a memory size of {size} bytes: give a positive multiple of 4096")
     if address < 0 or address % PAGE_SIZE:
@@ -277,6 +279,7 @@ class AddressSpace(GuestAccess):
                 at, left = at + step, left - step
         if left:
             self.check_open()
+            index(address)  # a float is refused as what it is
             ram = ", ".join(f"[{region.address:#x}, {region.end:#x})" for region in self._regions)
             raise AddressError(
                 f"{length} bytes at address {address:#x} lie outside of RAM {ram or '(none)'}"

@@ -111,7 +111,7 @@ class VcpuState(Descriptor):
 
     def set_mp_state(self, state: MPState) -> None:
         """Set the run state; other than runnable it needs an in-kernel local APIC."""
-        self.write_state("SET_MP_STATE", struct.pack("<I", state))
+        self.write_state("SET_MP_STATE", pack("SET_MP_STATE", "<I", state))
 
     def get_lapic(self) -> bytes:
         """The 1024 bytes of the in-kernel local APIC's registers; it needs an irqchip."""

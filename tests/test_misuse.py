@@ -164,3 +164,26 @@ def test_integers_of_others_are_written(machine: Machine) -> None:
     machine.memory.write_u16(0x2000, Number())  # type: ignore[arg-type]
     machine.memory[0x2003] = Number()  # type: ignore[assignment]
     assert machine.memory.read(0x2000, 4) == b"\x81\0\0\x81"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda machine: machine.memory.read(1e9, 4),
+        lambda machine: machine.memory.write(1e9, b"x"),
+        lambda machine: machine.memory.read(16.0, 4),
+        lambda machine: machine.vm.add_memory(1e9, 4096),
+        lambda machine: machine.vm.add_memory(1 << 30, 4096.0),
+    ],
+)
+def test_addresses_and_sizes_are_integers(machine: Machine, call: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match="integer"):
+        call(machine)
+
+
+@pytest.mark.parametrize("number", [-1, 1 << 32])
+def test_numbers_that_kvm_s_structs_have_no_room_for(machine: Machine, number: int) -> None:
+    with pytest.raises(ConfigError, match="KVM_SET_MP_STATE takes unsigned numbers"):
+        machine.cpus[0].set_mp_state(number)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="KVM_CREATE_PIT2 takes unsigned numbers"):
+        machine.vm.create_pit(number)  # type: ignore[arg-type]
