@@ -194,11 +194,11 @@ class Copying(Running):
         for cpu, state in zip(self.cpus, snapshot.cpus, strict=True):
             load_cpu(cpu, state)
         load_devices(snapshot, self.dispatch)
+        self._forget_run()
         self._came_from(snapshot)
 
     def _came_from(self, snapshot: Snapshot) -> None:
         self._console.replace(snapshot.console)
-        self._forget_run()
         self.entry = snapshot.entry
         self._at = snapshot
 

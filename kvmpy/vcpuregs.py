@@ -143,21 +143,23 @@ class VcpuRegisters(VcpuState):
         self._written_sregs = packed
         self._write("SET_SREGS", SYNC_SREGS, SREGS, packed)
 
-    def set_packed_sregs(self, packed: bytes, cr8: int | None = None) -> None:
-        """Write special registers that KVM has given, as they are; `cr8` is that in them."""
+    def set_packed_sregs(self, packed: bytes) -> None:
+        """Write special registers that KVM has given, as they are."""
         if len(packed) != SpecialRegisters.SIZE:
             raise ConfigError(f"struct kvm_sregs has {SpecialRegisters.SIZE} bytes")
         self._check_mine()
         self.finish()
-        self._keep_cr8(SpecialRegisters.unpack(packed).cr8 if cr8 is None else cr8)
+        self._keep_cr8(SpecialRegisters.unpack(packed).cr8)
         self._written_sregs = packed
         self._write("SET_SREGS", SYNC_SREGS, SREGS, packed)
 
-    def put(self, bit: int, where: slice, packed: bytes) -> None:
-        """Have a set of registers wait in the mapping, of a vCPU that has no exit at hand."""
+    def begin_with(self, registers: bytes, special: bytes, events: bytes, cr8: int) -> None:
+        """Have a new vCPU begin with what KVM has given of another, CR8 as in `special`."""
         page = self.run_page
-        page[where] = packed
-        page[OFFSET_DIRTY_REGS] |= bit
+        page[REGS], page[SREGS], page[EVENTS] = registers, special, events
+        page[OFFSET_CR8 : OFFSET_CR8 + 8] = cr8.to_bytes(8, "little")
+        page[OFFSET_DIRTY_REGS] = SYNC_REGS | SYNC_SREGS | SYNC_EVENTS
+        self._written_sregs = special
 
     def _write(self, name: str, bit: int, where: slice, packed: bytes) -> None:
         if self.can_sync & bit:

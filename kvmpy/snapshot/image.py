@@ -181,7 +181,7 @@ class Image:
     @property
     def base(self) -> "Image":
         """The whole image at the end of the chain of parents."""
-        return self.chain()[-1]
+        return self if self.parent is None else self.chain()[-1]
 
     def since_base(self) -> Bitmap:
         """The pages that any increment of the chain has."""
@@ -209,7 +209,8 @@ class Image:
             offset=base.offset,
         )
         region.origin = self
-        self.add_increments(region.host_address)
+        if self.parent is not None:
+            self.add_increments(region.host_address)
         return region
 
     def view(self) -> mmap.mmap:

@@ -21,7 +21,7 @@ from kvmpy.snapshot.diff import without_in_use
 from kvmpy.snapshot.reset import IN_PAGE, accepted_msrs
 from kvmpy.snapshot.snapshot import Snapshot
 from kvmpy.vcpu import VCPU
-from kvmpy.vcpuregs import EVENTS, REGS, SYNC_EVENTS, SYNC_REGS, SYNC_SREGS
+from kvmpy.vcpuregs import SYNC_EVENTS, SYNC_REGS, SYNC_SREGS
 from kvmpy.vm import IDENTITY_MAP_ADDRESS, TSS_ADDRESS, VM
 from kvmpy.x86.state import SpecialRegisters
 
@@ -134,7 +134,8 @@ class Plan:
         first = self._cpus_at
         try:
             for number, wanted in enumerate(self._cpus):
-                _fill(vm.adopt_vcpu(results[first + number], number), wanted)
+                cpu = vm.adopt_vcpu(results[first + number], number)
+                cpu.begin_with(wanted.registers, wanted.special, wanted.events, wanted.cr8)
         except BaseException:
             vm.close()
             kvm.close()
@@ -184,9 +185,3 @@ def _cpu_calls(number: int, state: CpuState, differing: dict[str, bytearray]) ->
 def _in_page(state: CpuState) -> _Cpu:
     registers, special, events = (state[name] for name in IN_PAGE)
     return _Cpu(registers, special, events, SpecialRegisters.unpack(special).cr8)
-
-
-def _fill(cpu: VCPU, wanted: _Cpu) -> None:
-    cpu.set_packed_sregs(wanted.special, wanted.cr8)
-    cpu.put(SYNC_REGS, REGS, wanted.registers)
-    cpu.put(SYNC_EVENTS, EVENTS, wanted.events)
