@@ -299,14 +299,12 @@ def _msr_write(run: Buffer) -> Exit:
     return MsrWrite(index, value, reason)
 
 
+_WITHOUT_DATA: dict[int, Exit] = {5: Halt(), 7: IrqWindowOpen(), 8: Shutdown()}
 _DECODERS: dict[int, Callable[[Buffer], Exit]] = {
     0: lambda run: UnknownExit(*struct.unpack_from("<Q", run, OFFSET_UNION)),
     2: _io,
     4: lambda run: Debug(*_DEBUG.unpack_from(run, OFFSET_UNION)),
-    5: lambda run: Halt(),
     6: _mmio,
-    7: lambda run: IrqWindowOpen(),
-    8: lambda run: Shutdown(),
     9: lambda run: FailEntry(*struct.unpack_from("<QI", run, OFFSET_UNION)),
     17: _internal_error,
     24: _system_event,
@@ -318,6 +316,8 @@ _DECODERS: dict[int, Callable[[Buffer], Exit]] = {
 def decode(run: Buffer) -> Exit:
     """The exit that a vCPU's mapping (struct kvm_run, then the page of port data) holds."""
     (reason,) = struct.unpack_from("<I", run, OFFSET_REASON)
+    if reason in _WITHOUT_DATA:
+        return _WITHOUT_DATA[reason]
     decoder = _DECODERS.get(reason)
     if decoder is None:
         payload = bytes(run[OFFSET_UNION : OFFSET_UNION + 256])

@@ -8,7 +8,7 @@ import bisect
 import mmap
 import os
 from collections.abc import Iterator
-from operator import index
+from operator import attrgetter, index
 from typing import Final
 
 from kvmpy.abi import address_of
@@ -18,6 +18,11 @@ from kvmpy.errors import AddressError, ClosedError, ConfigError, HostError
 __all__ = ["MAP_NORESERVE", "PAGE_SIZE", "AddressSpace", "Memory"]
 
 MAP_NORESERVE: Final = 0x4000  # asm-generic/mman.h; in Python's mmap only from 3.13 on
+_FLAGS: Final = {
+    "anonymous": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
+    "shared": mmap.MAP_SHARED,
+    "private": mmap.MAP_PRIVATE,
+}
 _LARGEST: Final = 1 << 43  # KVM's bound on one slot: 2**31 pages
 
 
@@ -64,11 +69,7 @@ class Memory(GuestAccess):
         return self.address + self.size
 
     def _map(self, backing: str, fd: int | None, offset: int) -> mmap.mmap:
-        flags = {
-            "anonymous": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
-            "shared": mmap.MAP_SHARED,
-            "private": mmap.MAP_PRIVATE,
-        }.get(backing)
+        flags = _FLAGS.get(backing)
         if flags is None:
             raise ConfigError(f"memory backing {backing!r}: use anonymous, shared or private")
         if backing == "private" and fd is None:
@@ -261,7 +262,7 @@ class AddressSpace(GuestAccess):
 
     def add(self, region: Memory) -> None:
         """Take a region in; the caller has checked that it overlaps no other."""
-        bisect.insort(self._regions, region, key=lambda one: one.address)
+        bisect.insort(self._regions, region, key=attrgetter("address"))
 
     def remove(self, region: Memory) -> None:
         """Leave a region out again."""

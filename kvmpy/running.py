@@ -156,11 +156,12 @@ class Running:
 
     def _ready(self, cpu: int) -> VCPU:
         self.vm.fd  # noqa: B018 - refuse a closed machine
-        if not 0 <= cpu < len(self.cpus):
-            raise ConfigError(f"there is no vCPU {cpu}: this machine has {len(self.cpus)}")
+        cpus = self.vm.vcpus
+        if not 0 <= cpu < len(cpus):
+            raise ConfigError(f"there is no vCPU {cpu}: this machine has {len(cpus)}")
         if self.entry is None:
             raise ConfigError("nothing is loaded: load() a guest before running it")
-        return self.cpus[cpu]
+        return cpus[cpu]
 
     def _drain(self, vcpu: VCPU) -> Callable[[], None]:
         trace = self._trace

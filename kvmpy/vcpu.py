@@ -16,6 +16,7 @@ from kvmpy.exits import (
     OFFSET_DIRTY_REGS,
     OFFSET_REASON,
     OFFSET_UNION,
+    OFFSET_VALID_REGS,
     Exit,
     Interrupted,
     MmioRead,
@@ -82,7 +83,7 @@ class VCPU(VcpuRegisters):
         self.loop.run = ffi.cast("void *", address_of(run))
         self.loop.heartbeat_ns = HEARTBEAT_NS
         self._ring_offset = ring_page * mmap.PAGESIZE
-        self.sync_regs = sync_regs & SYNC_REGS
+        run[OFFSET_VALID_REGS] = sync_regs & SYNC_REGS
 
     def close(self) -> None:
         """Unmap and close the vCPU; calling it again does nothing."""

@@ -91,12 +91,13 @@ class VcpuRegisters(VcpuState):
         self.run_page[OFFSET_VALID_REGS] = bits & self.can_sync
         self.outdated_at = self.loop.entries  # the last exit brought along what was asked for then
 
-    def _in_page(self, bit: int) -> bool:
-        """Whether the mapping has the current values of a set of registers."""
+    def _page_with(self, bit: int) -> mmap.mmap | None:
+        """The mapping, if it has the current values of a set of registers."""
         page = self.run_page
         if page[OFFSET_DIRTY_REGS] & bit:
-            return True
-        return bool(page[OFFSET_VALID_REGS] & bit and self.loop.entries > self.outdated_at)
+            return page
+        brought = page[OFFSET_VALID_REGS] & bit and self.loop.entries > self.outdated_at
+        return page if brought else None
 
     def get_regs(self) -> Registers:
         """The general registers, RIP and RFLAGS, as they were at the last exit.
@@ -107,8 +108,8 @@ class VcpuRegisters(VcpuState):
 
     def get_packed_regs(self) -> bytes:
         """The same as struct kvm_regs."""
-        if self._in_page(SYNC_REGS):
-            return self.run_page[REGS]
+        if (page := self._page_with(SYNC_REGS)) is not None:
+            return page[REGS]
         buffer = bytearray(Registers.SIZE)
         self.ioctl("GET_REGS", buffer)
         return bytes(buffer)
@@ -122,8 +123,8 @@ class VcpuRegisters(VcpuState):
 
     def get_sregs(self) -> SpecialRegisters:
         """Segments, descriptor tables, control registers, EFER and the APIC base."""
-        if self._in_page(SYNC_SREGS):
-            return SpecialRegisters.unpack(self.run_page[SREGS])
+        if (page := self._page_with(SYNC_SREGS)) is not None:
+            return SpecialRegisters.unpack(page[SREGS])
         buffer = bytearray(SpecialRegisters.SIZE)
         self.ioctl("GET_SREGS", buffer)
         return SpecialRegisters.unpack(buffer)
