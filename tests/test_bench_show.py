@@ -124,6 +124,22 @@ def test_a_curve_goes_up_by_the_samples_share_at_each_of_them() -> None:
     assert line.get_ydata().tolist() == [0, 0.25, 0.5, 0.75, 1]
 
 
+def test_levels_and_modes_look_the_same_in_all_panels_and_one_legend_is_beside_them() -> None:
+    """Within a panel it would hide the curves of slow modes, which are on the right."""
+    slow = measured("c", 56_000, "ring3")
+    made = figure("title", [("all", [*LEVELS, slow]), ("one", [slow])], ())
+    made.draw_without_rendering()
+    first, second = made.axes
+    (legend,) = made.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["kernel, long", "c, long", "python, long", "c, ring3"]
+    assert first.get_legend() is second.get_legend() is None
+    assert first.get_lines()[-1].get_color() == second.get_lines()[0].get_color()
+    left = legend.get_window_extent().x0
+    assert all(axes.get_window_extent().x1 <= left for axes in made.axes)
+    assert not figure("title", [("x", [Measurement(Case("x"), slow.batches)])], ()).legends
+
+
 @given(low=st.floats(20, 1e7), factor=st.floats(1.2, 1e5))
 def test_ticks_are_few_round_and_apart(low: float, factor: float) -> None:
     high = low * factor
@@ -138,6 +154,7 @@ def test_ticks_are_few_round_and_apart(low: float, factor: float) -> None:
 def test_ticks_of_a_decade_and_of_more() -> None:
     assert ticks(900, 11_000) == [1000, 2000, 5000, 10_000]
     assert ticks(90, 110_000) == [100, 1000, 10_000, 100_000]
+    assert ticks(5500, 46_000) == [6000, 10_000, 20_000, 40_000]
     assert ticks(7000, 9000) == [7000, 7500, 8000, 8500, 9000]
 
 

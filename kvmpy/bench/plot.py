@@ -8,6 +8,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 
 from kvmpy.bench.measurement import Measurement
+from kvmpy.bench.model import MODES
 from kvmpy.bench.waterfall import PARTS, Waterfall, waterfalls
 from kvmpy.errors import ConfigError
 
@@ -19,8 +20,11 @@ _PANEL: Final = (3.4, 2.5)  # inches, a column of a paper
 _STEPS: Final = 1000  # points of a curve: a file of every sample would be large and look the same
 _LAST: Final = 0.999  # the last thousandth would squeeze all the rest together
 _TICKS: Final = (3, 5)  # as many as there should be, and may be
+_WIDE: Final = 4  # times: of fewer, equal steps look nearly equal on a log scale
 _LETTER: Final = 0.036  # of a panel's width, with room beside it
+_LEGEND: Final = 1.3  # inches beside the panels, where it hides no curve
 _STYLE: Final = {"kernel": ":", "c": "-", "python": "--", "-": "-"}
+_COLOUR: Final = {**{mode: f"C{at}" for at, mode in enumerate(MODES)}, "-": "black"}
 _Panels: TypeAlias = Sequence[tuple[str, list[Measurement]]]
 _FONT: Final[Any] = {
     "font.size": 8,
@@ -80,20 +84,26 @@ def _save_pages(path: Path, title: str, panels: _Panels, falls: Sequence[Waterfa
 
 
 def figure(title: str, panels: _Panels, falls: Sequence[Waterfall]) -> Any:
-    """A figure of a panel for each operation, and all waterfalls below them."""
+    """A figure of a panel for each operation, and all waterfalls below them.
+
+    A level has its style of line and a mode its colour, which are the same in all panels.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = max(1, min(_COLUMNS, len(panels)))
     rows = ceil(len(panels) / columns)
     below = 1.4 + 0.22 * len(falls) if falls else 0.0
-    width, height = _PANEL[0] * max(columns, 2), _PANEL[1] * rows + below + 0.6
+    named = any(_label(one) for _, found in panels for one in found)
+    width = _PANEL[0] * max(columns, 2) + _LEGEND * named
+    height = _PANEL[1] * rows + below + 0.6
     made = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(made)
     heights = [_PANEL[1]] * rows + [below] * bool(falls)
     grid = made.add_gridspec(len(heights), columns, height_ratios=heights)
     for at, (operation, found) in enumerate(panels):
         _ecdf(made.add_subplot(grid[at // columns, at % columns]), operation, found)
+    _explain(made)
     if falls:
         _stacked(made.add_subplot(grid[rows, :]), falls)
     made.suptitle(title)
@@ -109,18 +119,29 @@ def _title(environment: dict[str, Any]) -> str:
     )
 
 
+def _label(one: Measurement) -> str:
+    return ", ".join(word for word in (one.case.level, one.case.mode) if word != "-")
+
+
+def _explain(made: Any) -> None:
+    """One legend for all panels, beside them: in a panel it would hide curves."""
+    found: dict[str, Any] = {}
+    for axes in made.axes:
+        for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, line)
+    if found:
+        made.legend(found.values(), found.keys(), loc="outside right upper")
+
+
 def _ecdf(axes: Any, operation: str, measurements: Sequence[Measurement]) -> None:
     from matplotlib.ticker import NullLocator
 
-    modes = list(dict.fromkeys(one.case.mode for one in measurements))
     for one in measurements:
-        label = ", ".join(word for word in (one.case.level, one.case.mode) if word != "-")
-        colour = f"C{modes.index(one.case.mode)}"
-        style = _STYLE[one.case.level]
+        colour, style = _COLOUR[one.case.mode], _STYLE[one.case.level]
         values = np.sort(one.samples)
         at = np.unique(np.linspace(0, len(values) - 1, min(_STEPS, len(values))).astype(int))
         shares = (at + 1) / len(values)
-        options = {"color": colour, "label": label, "lw": 1, "drawstyle": "steps-post"}
+        options = {"color": colour, "label": _label(one), "lw": 1, "drawstyle": "steps-post"}
         axes.plot([values[0], *values[at]], [0, *shares], style, **options)
     axes.set_xscale("log")
     ends = [(one.quantile(0), one.quantile(_LAST)) for one in measurements]
@@ -136,19 +157,21 @@ def _ecdf(axes: Any, operation: str, measurements: Sequence[Measurement]) -> Non
     axes.xaxis.set_major_formatter(_plain)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
-    if any(one.case.level != "-" or one.case.mode != "-" for one in measurements):
-        axes.legend(loc="lower right")
 
 
 def ticks(low: float, high: float) -> list[float]:
     """Two to five round numbers between them, such that their labels do not touch on a log scale.
 
-    Decades where there are enough of them, else 1, 2 and 5 of each, else equal steps, of which
-    those are left out that lie too near to the one before.
+    Decades where there are enough of them, else 1, 2 and 5 of each, else all digits, or equal steps
+    where `high` is less than four times `low`: more would crowd on the right. Those are left out
+    that lie too near to the one before.
     """
     first, last = floor(log10(low)), ceil(log10(high))
     decades = range(first, last + 1)
-    for digits in ((1,), (1, 2, 5)):
+    choices: list[Sequence[int]] = [(1,), (1, 2, 5)]
+    if high >= _WIDE * low:
+        choices.append(range(1, 10))
+    for digits in choices:
         found = [one * 10.0**ten for ten in decades for one in digits]
         found = [value for value in found if low <= value <= high]
         if len(found) >= _TICKS[0]:
