@@ -67,6 +67,15 @@ def test_exit_statuses_are_those_of_run(image, verb: str, code: bytes, options, 
     assert b"in KVM_RUN" in done.stderr
 
 
+@pytest.mark.parametrize("verb", ["trace", "stat"])
+def test_what_the_exit_that_ends_the_run_took_to_serve_is_not_known(image, verb: str) -> None:
+    """No entry comes after it: that is not 0 ns."""
+    done = kvmpy(verb, image(say(b"x") + b"\xb0\x10\xe6\xf4" + SPIN))
+    (row,) = [row for row in done.stderr.decode().splitlines() if "0xf4 " in row and "serve" in row]
+    assert row.split("to serve")[0].split()[-1 if verb == "trace" else -2] == "-"
+    assert "0 ns" not in row
+
+
 def test_where_both_streams_are_one_the_console_comes_by_lines(image) -> None:
     done = kvmpy("trace", image(say(b"ab\ncd") + HLT), stderr=subprocess.STDOUT,
                  stdout=subprocess.PIPE, capture_output=False)  # fmt: skip

@@ -29,7 +29,7 @@ from kvmpy.errors import ConfigError, HostError
 from kvmpy.kvm import backend
 from kvmpy.machine import Machine
 from kvmpy.trace.names import name_of
-from kvmpy.trace.text import duration
+from kvmpy.trace.text import duration, serving
 
 __all__ = ["stat"]
 
@@ -211,7 +211,7 @@ def _tables(reading: Reading, names: dict[tuple[str, int], str], seconds: float)
     for (kind, address), one in accesses[:_TOP]:
         yield (
             f"{one.exits:>16,}  {kind:<11} {address:<#12x} "
-            f"{duration(one.outside_ns // one.exits):>10} each to serve  {names[kind, address]}"
+            f"{serving(one.outside_ns // one.exits):>10} each to serve  {names[kind, address]}"
         )
     if len(accesses) > _TOP:
         yield f"{'':>16}  and {len(accesses) - _TOP} more ports and addresses"

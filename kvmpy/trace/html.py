@@ -7,7 +7,7 @@ from typing import Final
 from kvmpy.kvm import backend
 from kvmpy.trace.record import Record
 from kvmpy.trace.split import PLACES, Summary
-from kvmpy.trace.text import duration
+from kvmpy.trace.text import duration, serving
 from kvmpy.trace.timeline import COLOURS, svg
 
 __all__ = ["lines"]
@@ -85,8 +85,8 @@ def lines(records: Iterable[Record], dropped: int = 0) -> Iterator[str]:
                 f"{address:#x}",
                 name,
                 f"{count:,}",
-                duration(after := summary.outside[kind, address, name]),
-                duration(after // count),
+                serving(after := summary.outside[kind, address, name]),
+                serving(after // count),
             )
             for (kind, address, name), count in summary.accesses.most_common()
         ),

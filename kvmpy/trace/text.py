@@ -7,7 +7,7 @@ from kvmpy.trace.record import Record
 from kvmpy.trace.split import PLACES, Summary
 from kvmpy.views.show import Grid
 
-__all__ = ["HEADING", "duration", "grids", "line", "lines", "summary_lines"]
+__all__ = ["HEADING", "duration", "grids", "line", "lines", "serving", "summary_lines"]
 
 HEADING: Final = (
     f"{'seconds':>12} cpu  {'exit':<11} {'at':<10} {'what':<30} {'rip':<10} {'by':<7} in KVM_RUN"
@@ -23,6 +23,11 @@ def duration(ns: int) -> str:
         if ns >= size:
             return f"{ns / size:.2f} {unit}"
     return f"{ns} ns"
+
+
+def serving(ns: int) -> str:
+    """What it took to serve exits; "-" for nothing: no entry came after them, and nobody knows."""
+    return duration(ns) if ns else "-"
 
 
 def _cells(record: Record, start: int) -> tuple[str, ...]:
@@ -80,7 +85,7 @@ def summary_lines(summary: Summary, dropped: int = 0) -> list[str]:
         found.append("by address:")
     for key, count in summary.accesses.most_common(_MOST):
         kind, address, name = key
-        after = duration(summary.outside[key])
+        after = serving(summary.outside[key])
         found.append(f"  {kind:<11} {address:<#12x} {count:>9}  {after:>10} to serve  {name}")
     if len(summary.accesses) > _MOST:
         found.append(f"  and {len(summary.accesses) - _MOST} more")
