@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -247,6 +248,37 @@ def test_what_has_no_samples_says_why_it_has_no_median() -> None:
         with pytest.raises(ConfigError, match=r"halt/c/ring3: not available here: HLT is for"):
             ask()
     assert absent.flags == []
+
+
+@pytest.mark.parametrize("wrong", [95, 1, 0, -0.5, float("nan"), "0.95", None])
+def test_an_interval_of_what_is_no_share_is_refused(wrong: Any) -> None:
+    """Of less than nothing it would have its ends the wrong way round, and of 95 an error
+    of numpy's."""
+    with pytest.raises(ConfigError, match=r"0\.95 for 95%"):
+        fake().interval(wrong)
+
+
+@pytest.mark.parametrize("wrong", [99, -0.1, float("nan"), "0.5", None])
+def test_a_quantile_of_what_is_no_share_is_refused(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match=r"0\.99 for p99"):
+        fake().quantile(wrong)
+
+
+def test_the_environment_tells_processors_of_one_name_apart() -> None:
+    lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    cpu = {name.strip(): value.strip() for name, _, value in (one.partition(":") for one in lines)}
+    assert environment()["cpu_signature"] == {
+        "family": cpu.get("cpu family"),
+        "model": cpu.get("model"),
+        "stepping": cpu.get("stepping"),
+    }
+
+
+def test_the_environment_says_which_cpus_are_kept_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """benchmarks/README.md advises both: whether a result was taken so must be in it."""
+    monkeypatch.setitem(environment.__globals__, "_read", os.path.basename)
+    facts = environment()
+    assert (facts["isolated_cpus"], facts["nohz_full_cpus"]) == ("isolated", "nohz_full")
 
 
 def test_named_operations_that_a_plan_leaves_out_are_named() -> None:

@@ -25,6 +25,11 @@ def environment() -> dict[str, Any]:
         "nested": nested(),
         "module_parameters": _parameters(),
         "cpu": cpu.get("model name"),
+        # Clouds name a processor without its model: "Intel(R) Xeon(R) Processor".
+        "cpu_signature": {
+            name: cpu.get(field)
+            for name, field in (("family", "cpu family"), ("model", "model"), ("stepping",) * 2)
+        },
         "microcode": cpu.get("microcode"),
         "cpus": os.cpu_count(),
         "affinity": sorted(os.sched_getaffinity(0)),
@@ -36,6 +41,8 @@ def environment() -> dict[str, Any]:
         "transparent_hugepages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "smt": _read("/sys/devices/system/cpu/smt/active"),
+        "isolated_cpus": _read("/sys/devices/system/cpu/isolated"),
+        "nohz_full_cpus": _read("/sys/devices/system/cpu/nohz_full"),
         "clocksource": _read("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
         "tsc_hz": _tsc_hz(),
         "tsc_flags": [flag for flag in _CPU_FLAGS if flag in cpu.get("flags", "").split()],

@@ -81,8 +81,13 @@ class Measurement:
         return sum(batch.disturbed for batch in self.all_batches)
 
     def quantile(self, p: float) -> float:
-        """The quantile `p` (0 to 1) of all samples, in ns; ConfigError where there are none."""
+        """The quantile `p` (0 to 1) of all samples, in ns.
+
+        Raises ConfigError where there are none, and for another `p`: it is no percentage.
+        """
         self._need_samples()
+        if not (isinstance(p, float | int | np.number) and 0 <= p <= 1):
+            raise ConfigError(f"no quantile {p!r}: give 0 to 1, as 0.99 for p99")
         return float(np.quantile(self.samples, p))
 
     @property
@@ -91,8 +96,15 @@ class Measurement:
         return self.quantile(0.5)
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """An interval of the median, in ns (see `stats.median_interval`)."""
+        """An interval of the median, in ns (see `stats.median_interval`).
+
+        Raises ConfigError where there are no samples, and for a `confidence` that is no share.
+        """
         self._need_samples()
+        if not (isinstance(confidence, float | int | np.number) and 0 < confidence < 1):
+            raise ConfigError(
+                f"no interval of {confidence!r}: give a share between 0 and 1, as 0.95 for 95%"
+            )
         return median_interval([batch.samples for batch in self.batches], confidence)
 
     def _need_samples(self) -> None:
