@@ -593,6 +593,18 @@ def test_the_command_prints_a_table_and_writes_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("kvm_host")
+def test_batches_are_as_many_as_are_asked_for(tmp_path: Path) -> None:
+    """So many as `compare` says that it takes, whether with --quick or without."""
+    for more in ((), ("--quick",)):
+        case = ("pio-out", "--level", "c", "--mode", "long", *more)
+        done = run(*case, "--samples", 20, "--batches", 3, "--json", tmp_path / "a.json")
+        assert done.returncode == 0, done.stderr
+        (one,) = load(tmp_path / "a.json")["measurements"]
+        assert [batch["count"] for batch in one["batches"]] == [20] * 3
+        assert one["wanted_batches"] == 3
+
+
+@pytest.mark.usefixtures("kvm_host")
 def test_a_result_is_kept_whatever_becomes_of_its_table_or_of_another_file(tmp_path: Path) -> None:
     result = tmp_path / "a.json"
     command = [sys.executable, "-m", "kvmpy", "bench", "pio-out", "--level", "c", "--quick"]
@@ -623,6 +635,8 @@ def test_the_command_lists_what_can_be_measured() -> None:
     [
         (("pio-oot",), "pio-out"),
         (("--samples", "0"), "0"),
+        (("--batches", "0"), "0"),
+        (("pio-out", "--raw"), "give --json"),
         (("--level", "sea"), "sea"),
         (("--mode", "fast"), "fast"),
         (("pio-out", "--json", "/no/such/directory/a.json"), "/no/such/directory"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kvmpy.cli.benchwords import BenchCommand, need_numpy, show
+from kvmpy.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,9 +30,11 @@ FULL = (300, 20, 240.0)
 @click.option("--quick", is_flag=True, help="Fewer samples, and long mode only: under a minute.")
 @click.option("--samples", type=click.IntRange(1, 1_000_000), metavar="N",
               help="Samples of each batch, at most 1,000,000.")  # fmt: skip
+@click.option("--batches", type=click.IntRange(1, 1000), metavar="N",
+              help="Batches of each case: 20, or 5 with --quick.")  # fmt: skip
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE",
               help="Write the result, as kvmpy/bench/schema.json describes it.")  # fmt: skip
-@click.option("--raw", is_flag=True, help="Every sample goes into the JSON.")
+@click.option("--raw", is_flag=True, help="Every sample goes into the JSON; needs --json.")
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), metavar="FILE",
               help="Write a line for each case.")  # fmt: skip
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), metavar="FILE",
@@ -44,6 +47,7 @@ def bench(
     modes: tuple[str, ...],
     quick: bool,
     samples: int | None,
+    batches: int | None,
     json_path: Path | None,
     raw: bool,
     csv_path: Path | None,
@@ -72,6 +76,8 @@ def bench(
     if listing:
         _list()
         return 0
+    if raw and json_path is None:
+        raise ConfigError("--raw puts every sample into the JSON: give --json FILE as well")
     plan = cases(operations, levels, modes)
     if quick and not modes:
         plan = [case for case in plan if case.mode in ("long", "-")]
@@ -79,7 +85,7 @@ def bench(
         click.echo(f"not measured, since it has no such level or mode: {name}", err=True)
     _check_outputs(json_path, csv_path, plot_path)
     KVM().close()  # whatever is wrong with it is one message, not one for each case
-    count, batches, seconds = QUICK if quick else FULL
+    count, times, seconds = QUICK if quick else FULL
     facts = environment()
     if pinning()[0] is None:
         click.echo("one CPU: batches are not pinned, and what takes two has no result", err=True)
@@ -88,7 +94,7 @@ def bench(
         measured = measure_cases(
             plan,
             samples or count,
-            batches,
+            batches or times,
             tsc_hz=facts["tsc_hz"],
             seconds=seconds,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
