@@ -218,6 +218,14 @@ def test_stat_counts_as_json(image) -> None:
         assert facts["kvm"]["vCPU 0"]["exits"] >= 5  # KVM_RUN may come back inside the kernel
 
 
+def test_the_seconds_of_stat_are_those_of_the_run(image, tmp_path) -> None:
+    """Shares are of them. To describe a crash takes longer than this guest did, and is no part."""
+    report = tmp_path / "report.json"
+    done = kvmpy("stat", image(b"\x0f\x0b"), "--json", "--report", report)
+    facts = json.loads(done.stderr.splitlines()[-1])
+    assert facts["seconds"] == json.loads(report.read_text())["seconds"]
+
+
 @pytest.mark.parametrize("instead", ["/dev/full", "/no/such/place"])
 def test_a_trace_that_cannot_be_written_after_the_run(tmp_path, instead: str) -> None:
     kept = Kept(tmp_path / "trace.json")

@@ -38,6 +38,9 @@ def measure(
 ) -> Measurement:
     """Measure one case: `samples` in all, in `batches` processes of their own.
 
+    What is measured many at a time, or waits between samples, has fewer: see "How it is taken" in
+    benchmarks/README.md.
+
     Without `level` it is "c", and without `mode` "long", or else the first that the operation
     has. Raises ConfigError for a name, level or mode that is none, or that the operation lacks,
     and for numbers that are none.

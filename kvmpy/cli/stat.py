@@ -161,7 +161,9 @@ class _Printer:
         names = {key: name_of(machine.claim_at, *key) for key in reading.tallies}
         if self._json:
             facts = {"guest": name, "exit_status": status, "backend": backend()}
-            self._write(json.dumps({**facts, **reading.as_json(names)}))
+            # The run's, as in the tables: around it a guest that failed is looked into.
+            counted = {**reading.as_json(names), "seconds": machine.seconds}
+            self._write(json.dumps({**facts, **counted}))
             return
         self._write(f"\nstatistics of {name} ({backend()}), {machine.seconds:.6f} s:\n")
         for line in _tables(reading, names, machine.seconds):
