@@ -72,6 +72,7 @@ struct kvmpy_loop {
     uint64_t sample_room;
     uint64_t sample_count;
     uint64_t sample_dropped;
+    uint64_t sample_entered; /* of an entry that a signal ended, or else 0 */
     struct kvmpy_recorder *recorder;
 
     uint64_t value;

@@ -83,6 +83,7 @@ struct kvmpy_loop {
     uint64_t sample_room;
     uint64_t sample_count;
     uint64_t sample_dropped; /* exits that found no room */
+    uint64_t sample_entered; /* of an entry that a signal ended, or else 0 */
     struct kvmpy_recorder *recorder; /* see record.h */
 
     uint64_t value;   /* of the access handed to Python: written, or to be read; of KVMPY_END */

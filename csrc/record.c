@@ -245,6 +245,10 @@ uint64_t kvmpy_ticks(void)
 
 static void sample(struct kvmpy_loop *loop, uint64_t entered, uint64_t left)
 {
+    if (loop->sample_entered) {
+        entered = loop->sample_entered;
+        loop->sample_entered = 0;
+    }
     if (loop->sample_count < loop->sample_room) {
         loop->samples[2 * loop->sample_count] = entered;
         loop->samples[2 * loop->sample_count + 1] = left;
@@ -254,7 +258,8 @@ static void sample(struct kvmpy_loop *loop, uint64_t entered, uint64_t left)
     }
 }
 
-/* KVM_RUN between two readings of the clock; one that a signal ended is no sample, but recorded.
+/* KVM_RUN between two readings of the clock; one that a signal ended is the beginning of the next
+ * sample, or it would lack what the guest did up to then, and is a record of its own.
  * -errno, 0, or KVMPY_HEARTBEAT, with nothing entered: Python shall make room in the ring. */
 int kvmpy_enter_watched(struct kvmpy_loop *loop, int may_ask)
 {
@@ -279,6 +284,8 @@ int kvmpy_enter_watched(struct kvmpy_loop *loop, int may_ask)
     loop->entries++;
     if (!error && loop->watch & KVMPY_SAMPLE)
         sample(loop, sampled, recorder ? kvmpy_clock() : left);
+    else if (error == EINTR && loop->watch & KVMPY_SAMPLE && !loop->sample_entered)
+        loop->sample_entered = sampled;
     if (recorder && (!error || error == EINTR))
         record(loop, recorder, entered, left, error == EINTR);
     return -error;

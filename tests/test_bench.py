@@ -33,6 +33,7 @@ from kvmpy.bench import (
 )
 from kvmpy.bench.catalogue import OPERATIONS, left_out
 from kvmpy.bench.exits import STRING
+from kvmpy.bench.guest import GuestBench, Kind
 from kvmpy.bench.model import Unmeasured
 from kvmpy.bench.report import table
 from kvmpy.bench.results import SCHEMA, check_writable, document, load, save, to_csv
@@ -590,6 +591,17 @@ def test_the_command_prints_a_table_and_writes_files(tmp_path: Path) -> None:
     assert kinds == {("pio-out", "kernel"), ("pio-out", "c"), ("pio-out", "python"), ("halt", "c")}
     assert len(lines.read_text().splitlines()) == 5
     assert found["command"][:2] == ["kvmpy", "bench"]
+
+
+@pytest.mark.usefixtures("kvm_host")
+def test_a_sample_has_what_came_before_a_signal_in_it() -> None:
+    """The guest waits for 10 ms by its TSC, while a heartbeat ends KVM_RUN each millisecond."""
+    bench = GuestBench(Kind("delay", "wait"), Case("x", "c", "long"), Conditions(count=1))
+    with bench.machine:
+        bench.cpu.loop.heartbeat_ns = 1_000_000
+        bench.start("wait", 1, rsi=bench.cpu.get_tsc_khz() * 10)
+        pairs = bench.sample(1, bench.run_to_its_end)
+    assert int(pairs[0, 1] - pairs[0, 0]) >= 9_900_000
 
 
 @pytest.mark.usefixtures("kvm_host")

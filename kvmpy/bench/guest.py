@@ -129,7 +129,7 @@ class GuestBench:
         loop = self.cpu.loop
         with ffi.from_buffer("uint64_t[]", pairs, require_writable=True) as room:
             loop.samples, loop.sample_room = room, entries
-            loop.sample_count = loop.sample_dropped = 0
+            loop.sample_count = loop.sample_dropped = loop.sample_entered = 0
             loop.watch |= lib.KVMPY_SAMPLE
             try:
                 run()
