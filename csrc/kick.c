@@ -200,6 +200,7 @@ int kvmpy_begin(struct kvmpy_loop *loop, int64_t timeout_ns)
     }
 
     loop->returned = KVMPY_HEARTBEAT;
+    loop->sample_entered = 0;
     loop->ticking = 0;
     loop->deadline_ns = timeout_ns < 0 ? 0 : kvmpy_clock() + (uint64_t)timeout_ns;
     loop->outer = innermost;
@@ -241,6 +242,7 @@ void kvmpy_end(struct kvmpy_loop *loop)
 void kvmpy_next(struct kvmpy_loop *loop, int64_t timeout_ns)
 {
     loop->returned = KVMPY_HEARTBEAT;
+    loop->sample_entered = 0;
     loop->deadline_ns = timeout_ns < 0 ? 0 : kvmpy_clock() + (uint64_t)timeout_ns;
 }
 

@@ -259,7 +259,8 @@ static void sample(struct kvmpy_loop *loop, uint64_t entered, uint64_t left)
 }
 
 /* KVM_RUN between two readings of the clock; one that a signal ended is the beginning of the next
- * sample, or it would lack what the guest did up to then, and is a record of its own.
+ * sample, or it would lack what the guest did up to then, and is a record of its own. Without
+ * `may_ask`, an exit is finished: no guest runs, and EINTR says that it is done.
  * -errno, 0, or KVMPY_HEARTBEAT, with nothing entered: Python shall make room in the ring. */
 int kvmpy_enter_watched(struct kvmpy_loop *loop, int may_ask)
 {
@@ -284,7 +285,7 @@ int kvmpy_enter_watched(struct kvmpy_loop *loop, int may_ask)
     loop->entries++;
     if (!error && loop->watch & KVMPY_SAMPLE)
         sample(loop, sampled, recorder ? kvmpy_clock() : left);
-    else if (error == EINTR && loop->watch & KVMPY_SAMPLE && !loop->sample_entered)
+    else if (may_ask && error == EINTR && loop->watch & KVMPY_SAMPLE && !loop->sample_entered)
         loop->sample_entered = sampled;
     if (recorder && (!error || error == EINTR))
         record(loop, recorder, entered, left, error == EINTR);

@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from kvmpy import ConfigError, HostError, KvmpyError, Machine
+from kvmpy import ConfigError, HostError, Interrupted, KvmpyError, Machine, assemble
 from kvmpy import bench as kvmpy_bench
 from kvmpy.abi import ffi, lib
 from kvmpy.bench import (
@@ -602,6 +602,30 @@ def test_a_sample_has_what_came_before_a_signal_in_it() -> None:
         bench.start("wait", 1, rsi=bench.cpu.get_tsc_khz() * 10)
         pairs = bench.sample(1, bench.run_to_its_end)
     assert int(pairs[0, 1] - pairs[0, 0]) >= 9_900_000
+
+
+@pytest.mark.usefixtures("kvm_host")
+@pytest.mark.parametrize("between", ["an exit is finished", "a run is stopped"])
+def test_a_sample_has_nothing_of_what_came_between_two_runs(between: str) -> None:
+    pairs = np.zeros((8, 2), np.uint64)
+    with Machine("1M") as machine:
+        (cpu,) = machine.cpus
+        machine.load(assemble("again: out 0x55, al; jmp again", at=0x1000))
+        room = ffi.from_buffer("uint64_t[]", pairs, require_writable=True)
+        cpu.loop.samples, cpu.loop.sample_room = room, len(pairs)
+        cpu.loop.watch |= lib.KVMPY_SAMPLE
+        cpu.run(timeout=10)
+        if between == "an exit is finished":
+            cpu.finish()
+        else:
+            machine.stop()
+            assert cpu.run(timeout=10) == Interrupted("stopped")
+            assert cpu.run(timeout=0.0) == Interrupted("timeout")
+        before = time.monotonic_ns()
+        cpu.run(timeout=10)
+        cpu.loop.watch &= ~lib.KVMPY_SAMPLE
+        ffi.release(room)
+    assert pairs[1, 0] >= before
 
 
 @pytest.mark.usefixtures("kvm_host")
