@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from kvmpy.errors import ClosedError, ConfigError, HostError
 from kvmpy.exits import OFFSET_CR8, OFFSET_DIRTY_REGS, OFFSET_SYNC, OFFSET_VALID_REGS
-from kvmpy.vcpustate import VcpuState
+from kvmpy.vcpustate import VcpuState, wrong_kind
 from kvmpy.x86.events import VcpuEvents
 from kvmpy.x86.registers import Registers
 from kvmpy.x86.state import SpecialRegisters
@@ -116,10 +116,16 @@ class VcpuRegisters(VcpuState):
 
     def set_regs(self, registers: Registers) -> None:
         """Write the general registers, RIP and RFLAGS, once the exit at hand is finished."""
-        packed = registers.pack()
+        try:
+            packed = registers.pack()
+        except AttributeError:
+            raise wrong_kind("set_regs", "Registers", registers) from None
         self._check_mine()
         self.finish()
-        self._write("SET_REGS", SYNC_REGS, REGS, packed)
+        try:
+            self._write("SET_REGS", SYNC_REGS, REGS, packed)
+        except IndexError:  # it packs itself, but to another size
+            raise wrong_kind("set_regs", "Registers", registers) from None
 
     def get_sregs(self) -> SpecialRegisters:
         """Segments, descriptor tables, control registers, EFER and the APIC base."""
@@ -135,12 +141,15 @@ class VcpuRegisters(VcpuState):
         Values that KVM refuses are a ConfigError, here or, where the mapping takes them, of
         the next call that enters the guest or asks KVM for other state.
         """
-        packed = registers.pack()
-        if registers.cr8 > 15:
-            raise ConfigError(f"SpecialRegisters: cr8 = {registers.cr8:#x} is not 0 to 0xf")
+        try:
+            packed, cr8 = registers.pack(), registers.cr8
+        except AttributeError:
+            raise wrong_kind("set_sregs", "SpecialRegisters", registers) from None
+        if cr8 > 15:
+            raise ConfigError(f"SpecialRegisters: cr8 = {cr8:#x} is not 0 to 0xf")
         self._check_mine()
         self.finish()
-        self._keep_cr8(registers.cr8)
+        self._keep_cr8(cr8)
         self._written_sregs = packed
         self._write("SET_SREGS", SYNC_SREGS, SREGS, packed)
 

@@ -7,7 +7,7 @@ before each of these calls the exit at hand is finished (see `VCPU.finish`).
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from kvmpy.abi import pack
 from kvmpy.descriptor import Descriptor
@@ -15,13 +15,18 @@ from kvmpy.errors import ConfigError
 from kvmpy.stats import Stats
 from kvmpy.x86.state import FPU, CPUIDEntry, DebugRegisters, MPState, VcpuEvents, XCRs
 
-__all__ = ["Translation", "VcpuState"]
+__all__ = ["Translation", "VcpuState", "wrong_kind"]
 
 LAPIC_SIZE: Final = 1024
 _MSR = struct.Struct("<IIQ")
 _XSTATE_BV: Final = 512  # in the XSAVE area (SDM Vol.1 13.4.2)
 _X87_SSE: Final = 3
 _MSRS_AT_ONCE: Final = 128  # KVM takes fewer than 256 in one call
+
+
+def wrong_kind(name: str, kind: str, given: object) -> ConfigError:
+    """The error of a method that was given something else: asked for when it has failed only."""
+    return ConfigError(f"{name} takes {kind}, not {type(given).__name__}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +59,19 @@ class VcpuState(Descriptor):
 
     def write_state(self, name: str, data: bytes | bytearray, size: int | None = None) -> None:
         """Hand a packed struct to the ioctl `name`; with `size`, it must have so many bytes."""
-        if size is not None and len(data) != size:
-            raise ConfigError(f"KVM_{name} takes {size} bytes, not {len(data)}")
+        try:
+            if size is not None and len(data) != size:
+                raise ConfigError(f"KVM_{name} takes {size} bytes, not {len(data)}")
+        except TypeError:
+            raise wrong_kind(name.lower(), f"{size} bytes", data) from None
         self._settle(writing=True)
         self.ioctl(name, bytearray(data))
+
+    def _write_packed(self, name: str, kind: type, value: Any) -> None:
+        """Hand a struct that packs itself to the ioctl `name`."""
+        if not isinstance(value, kind):
+            raise wrong_kind(name.lower(), kind.__name__, value)
+        self.write_state(name, value.pack())
 
     def get_fpu(self) -> FPU:
         """x87 and SSE registers, without MXCSR, which KVM leaves out; `get_xsave` has all."""
@@ -65,6 +79,8 @@ class VcpuState(Descriptor):
 
     def set_fpu(self, fpu: FPU) -> None:
         """Write x87 and SSE registers; KVM ignores `mxcsr`."""
+        if not isinstance(fpu, FPU):
+            raise wrong_kind("set_fpu", "FPU", fpu)  # before the area is touched
         area = bytearray(self.get_xsave())
         if area[_XSTATE_BV] & _X87_SSE != _X87_SSE:
             # KVM_SET_FPU does not say that they are in use: KVM_RUN would take initial values.
@@ -87,7 +103,7 @@ class VcpuState(Descriptor):
 
     def set_xcrs(self, xcrs: XCRs) -> None:
         """Write the extended control registers."""
-        self.write_state("SET_XCRS", xcrs.pack())
+        self._write_packed("SET_XCRS", XCRs, xcrs)
 
     def get_debugregs(self) -> DebugRegisters:
         """DR0 to DR3, DR6 and DR7."""
@@ -95,7 +111,7 @@ class VcpuState(Descriptor):
 
     def set_debugregs(self, registers: DebugRegisters) -> None:
         """Write DR0 to DR3, DR6 and DR7."""
-        self.write_state("SET_DEBUGREGS", registers.pack())
+        self._write_packed("SET_DEBUGREGS", DebugRegisters, registers)
 
     def get_vcpu_events(self) -> VcpuEvents:
         """Exceptions, interrupts and NMIs that are pending or being delivered."""
@@ -103,7 +119,7 @@ class VcpuState(Descriptor):
 
     def set_vcpu_events(self, events: VcpuEvents) -> None:
         """Write pending events; `events.flags` says which fields count."""
-        self.write_state("SET_VCPU_EVENTS", events.pack())
+        self._write_packed("SET_VCPU_EVENTS", VcpuEvents, events)
 
     def get_mp_state(self) -> MPState:
         """Runnable, halted, waiting for INIT or SIPI."""
@@ -139,10 +155,18 @@ class VcpuState(Descriptor):
         With `strict` the first refusal is a ConfigError that names it, and those after it are
         not written; without, they are, and the refused indices are returned.
         """
-        left, refused = list(values.items()), []
+        try:
+            left, refused = list(values.items()), []
+        except AttributeError:
+            raise wrong_kind("set_msrs", "values by index", values) from None
         for index, value in left:
-            if not 0 <= index < 1 << 32 or not 0 <= value < 1 << 64:
-                raise ConfigError(f"MSR {index:#x} = {value:#x}: 32 bits of index, 64 of value")
+            try:
+                fits = 0 <= index < 1 << 32 and 0 <= value < 1 << 64
+                text = "" if fits else f"MSR {index:#x} = {value:#x}"
+            except (TypeError, ValueError):  # not numbers, or floats
+                fits, text = False, f"MSR {index!r} = {value!r}"
+            if not fits:
+                raise ConfigError(f"{text}: 32 bits of index, 64 of value")
         while left:
             part = left[:_MSRS_AT_ONCE]
             _, done = self._msrs("SET_MSRS", part)
@@ -174,7 +198,10 @@ class VcpuState(Descriptor):
         if isinstance(entries, bytes):
             packed = entries
         else:
-            packed = b"".join(entry.pack() for entry in entries)
+            try:
+                packed = b"".join(entry.pack() for entry in entries)
+            except (AttributeError, TypeError):
+                raise wrong_kind("set_cpuid2", "CPUIDEntry values", entries) from None
         if len(packed) % CPUIDEntry.SIZE:
             raise ConfigError(f"packed CPUID entries have 40 bytes each, not {len(packed)} in all")
         header = struct.pack("<II", len(packed) // CPUIDEntry.SIZE, 0)

@@ -8,6 +8,7 @@ import pytest
 
 from kvmpy import AddressError, ConfigError, Machine, Snapshot, assemble, runs
 from kvmpy.spares import Spares
+from kvmpy.x86.state import MPState
 
 pytestmark = pytest.mark.usefixtures("kvm_host")
 
@@ -187,3 +188,41 @@ def test_numbers_that_kvm_s_structs_have_no_room_for(machine: Machine, number: i
         machine.cpus[0].set_mp_state(number)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="KVM_CREATE_PIT2 takes unsigned numbers"):
         machine.vm.create_pit(number)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [5, None, "rip", MPState.HALTED])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("set_regs", "Registers"),
+        ("set_sregs", "SpecialRegisters"),
+        ("set_debugregs", "DebugRegisters"),
+        ("set_xcrs", "XCRs"),
+        ("set_vcpu_events", "VcpuEvents"),
+        ("set_fpu", "FPU"),
+        ("set_cpuid2", "CPUIDEntry values"),
+        ("set_msrs", "values by index"),
+    ],
+)
+def test_what_is_no_state(machine: Machine, name: str, kind: str, given: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} takes {kind}, not {type(given).__name__}$"):
+        getattr(machine.cpus[0], name)(given)
+
+
+def test_state_of_another_kind(machine: Machine) -> None:
+    cpu = machine.cpus[0]
+    registers, special, debug = cpu.get_regs(), cpu.get_sregs(), cpu.get_debugregs()
+    for call, given in (
+        (cpu.set_regs, special), (cpu.set_sregs, registers), (cpu.set_debugregs, registers),
+        (cpu.set_fpu, debug), (cpu.set_vcpu_events, debug), (cpu.set_cpuid2, [debug, 1]),
+        (cpu.set_xsave, 5), (cpu.set_lapic, None),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=r"^set_\w+ takes .*, not \w+$"):
+            call(given)
+    assert (cpu.get_regs(), cpu.get_sregs(), cpu.get_debugregs()) == (registers, special, debug)
+
+
+@pytest.mark.parametrize("values", [{"star": 1}, {0x10: None}, {0x10: -1.5}, {1 << 32: 0}])
+def test_msrs_that_are_no_numbers(machine: Machine, values: Any) -> None:
+    with pytest.raises(ConfigError, match="32 bits of index, 64 of value"):
+        machine.cpus[0].set_msrs(values)
