@@ -7,12 +7,13 @@ from kvmpy.autopsy.fault import GP, PF, SS, Fault
 from kvmpy.autopsy.scene import Scene
 from kvmpy.views.formats import canonical_bits, is_canonical
 from kvmpy.views.pages import Access, PageWalk
-from kvmpy.x86.flags import CR0
+from kvmpy.x86.flags import CR0, CR4
 
 __all__ = ["Touch", "check_fetch", "check_touch", "page_fault"]
 
 _PAGE: Final = 4096
 _PS: Final = 1 << 7
+_CACHING: Final = 0x18  # CR3's PWT and PCD (SDM Vol.3 2.5)
 _NEAR_ZERO: Final = 0x1000
 _BIG: Final = {"PT": 1 << 21, "PD": 1 << 30}  # what an entry of the level above maps with PS set
 _REFUSALS: Final = (
@@ -120,11 +121,28 @@ def page_fault(scene: Scene, walk: PageWalk, what: str, *, stack: bool) -> Fault
         why = f"{what}, which is not canonical: {walk.why}"
         return Fault("non-canonical", why, SS if stack else GP, 0, walk.linear)
     cause = _cause(scene, walk, stack)
-    why = f"{what}: {walk.why.removesuffix(': #PF')}"
+    why = f"{what}: {walk.why.removesuffix(': #PF')}{_root(scene, walk)}"
     if cause in ("missing-ps", "missing-pse"):
         above = walk.entries[-2]
         why += f"; the {above.name} entry above it at {above.address:#x} is {above.value:#x}"
     return Fault(cause, why, PF, walk.error_code, walk.linear)
+
+
+def _root(scene: Scene, walk: PageWalk) -> str:
+    """What CR3 has to do with a walk that fails at its first table; empty for one that goes on."""
+    if len(walk.entries) != 1:
+        return ""
+    cr3 = scene.special.cr3
+    if walk.end == "outside RAM":
+        return f"; that address is CR3's, {cr3:#x}"
+    unused = 0x1F if walk.mode == "PAE" else 0xFFF
+    ignored = unused & ~_CACHING
+    if not cr3 & ignored or (scene.special.cr4 & CR4.PCIDE and scene.mode.long):
+        return ""
+    return (
+        f"; CR3 is {cr3:#x}, and tables begin at multiples of {unused + 1:#x}: its low bits are no "
+        "part of the address"
+    )
 
 
 def _cause(scene: Scene, walk: PageWalk, stack: bool) -> str:
