@@ -8,6 +8,7 @@ from kvmpy.autopsy.doubt import contradiction
 from kvmpy.autopsy.entry import broken_rules
 from kvmpy.autopsy.examine import Finding, explain_gap, explain_shutdown
 from kvmpy.autopsy.fault import Fault
+from kvmpy.autopsy.recursion import recursion
 from kvmpy.autopsy.replay import Copy, MakeCopy, Replay, replay_copy
 from kvmpy.autopsy.reported import explain_exception
 from kvmpy.autopsy.scene import Scene
@@ -65,7 +66,8 @@ def conduct(
             notes.append(f"{_INIT}; this is that of a copy, before its last instruction")
     known = outcome in ("shutdown", "exception") and not reset
     doubt = contradiction(dead, finding.faults) if known else ""
-    notes += [doubt] if doubt else []
+    again_and_again = recursion(scene) if outcome in ("shutdown", "internal-error") else ""
+    notes += [note for note in (doubt, again_and_again) if note]
     return Autopsy(
         cause=finding.cause,
         outcome=outcome,
