@@ -311,3 +311,22 @@ def test_asm_shows_addresses_bytes_and_symbols(tmp_path) -> None:
     assert done.returncode == 2
     assert b"line 1" in done.stderr
     assert b"nosuch" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("lgdt [gdtr]; spin: jmp spin; gdtr: .word 31; .quad 0xd0000000", True),
+        ("lgdt [gdtr]; spin: jmp spin; gdtr: .word 31; .quad 0x5000", False),
+        ("lgdt [gdtr]; mov eax, 16; mov ds, eax; hlt; gdtr: .word 31; .quad 0xd0000000", True),
+    ],
+)
+def test_a_guest_out_of_time_whose_gdt_is_nowhere(tmp_path, text: str, told: bool) -> None:
+    guest = tmp_path / "guest.S"
+    guest.write_text(text)
+    done = kvmpy("run", guest, "--timeout", "0.2")
+    if done.returncode != 124 and "spin" not in text:
+        pytest.skip("this host's KVM does not spin on it")
+    assert done.returncode == 124
+    line = b"kvmpy: GDTR's base is 0xd0000000, where there is no RAM: loading a segment register"
+    assert (line in done.stderr) == told

@@ -18,6 +18,8 @@ from kvmpy.machine import Machine
 from kvmpy.modes import MODES
 from kvmpy.result import Result
 from kvmpy.snapshot import Snapshot
+from kvmpy.views.pages import page_walk, reader
+from kvmpy.x86.flags import CR0
 
 __all__ = [
     "CRASHED",
@@ -191,6 +193,8 @@ def run_machine(
     elif status in (TIMED_OUT, HOST_FAILED) and result.outcome != "debug-exit":
         complain(str(result))
         complain(_where(machine))
+        if result.outcome == "timeout" and (why := _without_gdt(machine)):
+            complain(why)
     return report.finished(machine, result, status)
 
 
@@ -206,6 +210,22 @@ def _where(machine: Machine) -> str:
     text += " (zeros: a jump, call or return has led to where nothing was loaded"
     empty = ", or an exception or INT n to an empty vector" if code.mode.bits == 16 else ""
     return f"{text}{empty})"
+
+
+def _without_gdt(machine: Machine) -> str:
+    """A line where GDTR leads to no RAM: there KVM tries to load a segment for ever."""
+    cpu = machine.cpus[0]
+    special = cpu.get_sregs()
+    gdt = special.gdt
+    if not special.cr0 & CR0.PE or gdt.limit < 7:
+        return ""
+    walk = page_walk(reader(machine.memory.read), special, gdt.base, cpl=0)
+    if walk.physical is None or walk.in_ram:
+        return ""
+    return (
+        f"GDTR's base is {gdt.base:#x}, where there is no RAM: loading a segment register from "
+        "there may never end; load GDTR (LGDT) with the address of the table"
+    )
 
 
 def _status(result: Result) -> int:
