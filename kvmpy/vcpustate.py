@@ -67,7 +67,7 @@ class VcpuState(Descriptor):
         self._settle(writing=True)
         self.ioctl(name, bytearray(data))
 
-    def _write_packed(self, name: str, kind: type, value: Any) -> None:
+    def _write_packed(self, name: str, kind: Any, value: Any) -> None:
         """Hand a struct that packs itself to the ioctl `name`."""
         if not isinstance(value, kind):
             raise wrong_kind(name.lower(), kind.__name__, value)

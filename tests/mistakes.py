@@ -65,6 +65,18 @@ PG = """
 """
 
 
+# A GDT of the guest's own whose descriptor 0x18 is a 16-bit code segment, and a jump there.
+CODE16 = """
+    lgdt [gdtr]
+    jmp 0x18:there
+gdtr: .word 31
+    .long gdt
+gdt: .quad 0, 0x00cf9b000000ffff, 0x00cf93000000ffff, 0x00009b000000ffff
+.code16
+there: {}
+"""
+
+
 class Mistake(NamedTuple):
     """A guest, the cause that is to be found, and the vector of its first exception."""
 
@@ -215,6 +227,22 @@ MISTAKES = (
         6,
         "lgdt [gdtr]; push 8; lea rax, [rip + x]; push rax; lretq; x: mov rax, 0x90900b0f1122; "
         "hlt; gdtr: .word 15; .quad gdt; gdt: .quad 0, 0x00009a000000ffff",
+    ),
+    Mistake("code16-that-is-meant", "no-idt", 6, CODE16.format("mov ax, 16; ud2"), "protected"),
+    Mistake(
+        "code16-that-is-meant-gdt",
+        "gdt-limit",
+        13,
+        CODE16.format("mov ax, 0x28; mov ds, ax; hlt"),
+        "protected",
+    ),
+    # Written as 32-bit code, so that it executes the upper half of 0x28.
+    Mistake(
+        "code16-by-mistake",
+        "wrong-code-size",
+        13,
+        CODE16.replace(".code16", "").format("mov eax, 0x28; mov ds, eax; mov esp, 0x9000; ud2"),
+        "protected",
     ),
     Mistake("lretq-frame", "bad-frame", 13, "lea rax, [rip + x]; push rax; push 8; lretq; x: hlt"),
     Mistake(

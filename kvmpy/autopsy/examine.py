@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Final, NamedTuple
 
 from kvmpy.autopsy.alignment import alignment
+from kvmpy.autopsy.codesize import may_be_meant, wrong_size
 from kvmpy.autopsy.debug import asked_for, check_breakpoint, check_single_step
 from kvmpy.autopsy.delivery import chain
 from kvmpy.autopsy.fault import GP, UD, Fault
@@ -14,10 +15,7 @@ from kvmpy.autopsy.scene import Scene
 from kvmpy.autopsy.system import check_instruction
 from kvmpy.autopsy.transfers import check_transfer
 from kvmpy.autopsy.zeros import check_zeros, zeros_before
-from kvmpy.views.descriptors import look_up
 from kvmpy.x86.flags import CR0, RFLAGS
-from kvmpy.x86.segments import Segment
-from kvmpy.x86.tables import Selector
 
 __all__ = ["Finding", "describe", "explain_gap", "explain_shutdown", "first_fault", "unseen"]
 
@@ -94,28 +92,13 @@ def _cause_of(scene: Scene, faults: tuple[Fault, ...]) -> tuple[str, tuple[str, 
     cause = first.cause
     if first.deliberate and len(faults) > 1:
         cause = faults[1].cause
-    size = _wrong_size(scene)
-    if size:
+    size = wrong_size(scene)
+    if size and not may_be_meant(scene):
         return "wrong-code-size", (size,)
     zeros = check_zeros(scene)
     if zeros is not None:
         return zeros
-    return cause, ()
-
-
-def _wrong_size(scene: Scene) -> str:
-    """A note where 16-bit code runs in protected or long mode, by a descriptor that says so."""
-    if scene.mode.bits != 16 or not scene.special.cr0 & CR0.PE:
-        return ""
-    selector = scene.special.cs.selector
-    segment = look_up(scene.read, scene.special, selector).segment
-    if not selector & ~3 or segment is None or not segment.s or not segment.type & 8:
-        return ""
-    if selector == Selector.CODE16 and segment == Segment.code16(Selector.CODE16):
-        return ""  # kvmpy's own: the guest was started in it
-    if segment.db or segment.l:
-        return ""
-    return f"CS is {selector:#x}, whose descriptor has L = 0 and D = 0: the code is read as 16-bit"
+    return cause, (f"{size}, which may be meant",) if size else ()
 
 
 def explain_shutdown(scene: Scene) -> Finding:
@@ -202,9 +185,9 @@ def explain_gap(scene: Scene, reason: str, suberror: int) -> Finding:
     text = describe(scene, instruction)
     if suberror == 3:
         return Finding("delivery-exit", (Fault("delivery-exit", reason),), text, True)
-    size = _wrong_size(scene)
+    size = wrong_size(scene)
     gap = Fault("emulator-lacks", f"{text.partition(' (')[0]}: {reason}")
-    if size:
+    if size and not may_be_meant(scene):
         return Finding("wrong-code-size", (gap,), text, True, (size,))
     zeros = check_zeros(scene)
     if zeros is not None:
