@@ -29,9 +29,11 @@ def recursion(scene: Scene) -> str:
     often = [rip for rip, count in frames.items() if count >= _OFTEN]
     if often:
         rip = often[-1]  # the oldest: what came later may be what the frames have overwritten
+        older = list(frames)[list(frames).index(rip) + 1 :]
+        begun = f"; the first of all was at {older[-1]:#x}" if older else ""
         return (
             f"the stack has the frames of {frames[rip]} exceptions at {rip:#x}, none of which has "
-            "returned: a handler faults itself, again and again"
+            f"returned: a handler faults itself, again and again{begun}"
         )
     for back, count in Counter(words).most_common(3):
         if count >= _DEEP and _follows_call(scene, back):

@@ -165,7 +165,7 @@ halts.""",
             _maps_no_more,
             memory(_NOTE, lambda run: int(run.case.expect["number"]).to_bytes(8, "little")),
         ),
-        look='"Three mistakes" in docs/9-triple-fault.md; SDM Vol.3 6.12.1',
+        look='"Four mistakes" in docs/9-triple-fault.md; SDM Vol.3 6.12.1',
         cases=_one_fault,
     ),
 )
