@@ -11,6 +11,8 @@ import pytest
 
 from kvmpy import HostError
 from kvmpy.cli.live import Kept
+from kvmpy.cli.reading import Reading
+from kvmpy.trace import Tally, Totals
 
 pytestmark = pytest.mark.usefixtures("kvm_host")
 
@@ -241,6 +243,17 @@ def test_statistics_for_a_full_disk(image) -> None:
     assert (
         done.stderr == b"kvmpy: writing the statistics /dev/full failed: No space left on device\n"
     )
+
+
+def test_times_between_two_readings_are_never_negative() -> None:
+    def reading(nanoseconds: int, exits: int) -> Reading:
+        tally = Tally("port-out", 0xE9, exits, nanoseconds, nanoseconds)
+        totals = Totals(*[nanoseconds] * len(Totals._fields))
+        return Reading(0.0, {}, totals, {("port-out", 0xE9): tally}, {})
+
+    between = reading(999, 2).since(reading(1000, 1), frozenset())
+    assert set(between.totals) == {0}
+    assert between.tallies["port-out", 0xE9][2:] == (1, 0, 0)
 
 
 def test_stat_prints_what_came_in_between(image, tmp_path) -> None:

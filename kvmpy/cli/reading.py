@@ -33,7 +33,7 @@ class Reading:
                 for kind, count in self.exits.items()
                 if count > before.exits.get(kind, 0)
             },
-            Totals(*(now - then for now, then in zip(self.totals, before.totals, strict=True))),
+            Totals(*(_grown(*pair) for pair in zip(self.totals, before.totals, strict=True))),
             {
                 key: _less(now, before.tallies.get(key))
                 for key, now in self.tallies.items()
@@ -64,10 +64,18 @@ class Reading:
         }
 
 
+def _grown(now: int, before: int) -> int:
+    """The difference, never negative: times are ticks of the TSC by the rate of the moment.
+
+    That rate is known better each time, so that times which did not grow may seem to shrink.
+    """
+    return max(0, now - before)
+
+
 def _less(now: Tally, before: Tally | None) -> Tally:
     if before is None:
         return now
-    numbers = (new - old for new, old in zip(now[2:], before[2:], strict=True))
+    numbers = (_grown(*pair) for pair in zip(now[2:], before[2:], strict=True))
     return Tally(now.kind, now.address, *numbers)
 
 
