@@ -50,36 +50,45 @@ class Prepared:
         self.write = write_to if callable(write_to) else None
         self.native = made = ffi.new("struct kvmpy_batch *")
         made.loop = machine.cpus[0].loop
-        self.touched = Touched(machine.memory, batch) if touched else None
-        self.use(machine.resetter)
+        self.touched: Touched | None = None
+        self._runs_touched = batch if touched else 0
         self.room, self.address = 0, write_to
         if isinstance(write_to, int):
-            region = self._region(write_to, 1)
-            logged = [one for one in machine.memory if not one.readonly]
-            made.region, made.offset = logged.index(region), write_to - region.address
-            self.room = region.end - write_to
             if machine.resetter.method != DIRTY_LOG:  # C has no place to note what it writes
                 self.write = lambda machine, data: machine.memory.write(write_to, data)
         elif self.write is None and write_to is not None:
             raise ConfigError(f"write_to={write_to!r}: give an address, or a function")
         self.collected, self.size = bytearray(), 0
+        self._collect = collect
         if collect is not None:
-            address, self.size = collect
-            region = self._region(address, self.size)
+            self._region(*collect)  # refused before there is room for it
+            self.size = collect[1]
             self.collected = bytearray(batch * self.size)
-            start = region.host_address + address - region.address
-            made.collect, made.collect_size = ffi.cast("uint8_t *", start), self.size
+            made.collect_size = self.size
             made.collected = self._room = ffi.from_buffer(self.collected, require_writable=True)
+        self.use(machine.resetter)
         self.runs = made.runs = ffi.new("struct kvmpy_run[]", batch)
         self.ends = made.ends = ffi.new("uint64_t[]", batch)
         self.registers = memoryview(ffi.buffer(self.runs))
 
     def use(self, resetter: Any) -> None:
-        """Go back with that."""
+        """Go back with that. The machine's RAM may lie elsewhere than with the one before."""
+        made, memory = self.native, self.machine.memory
         self.resetter = resetter
-        self.native.reset = resetter.native
-        if self.touched is not None:
-            self.touched.use(resetter, self.native)
+        made.reset = resetter.native
+        if isinstance(self.address, int):
+            region = self._region(self.address, 1)
+            logged = [one for one in memory if not one.readonly]
+            made.region, made.offset = logged.index(region), self.address - region.address
+            self.room = region.end - self.address
+        if self._collect is not None:
+            address, size = self._collect
+            region = self._region(address, size)
+            start = region.host_address + address - region.address
+            made.collect = ffi.cast("uint8_t *", start)
+        if self._runs_touched:
+            self.touched = Touched(memory, self._runs_touched)
+            self.touched.use(resetter, made)
 
     def _region(self, address: int, size: int) -> Memory:
         for region in self.machine.memory:

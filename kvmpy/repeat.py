@@ -84,9 +84,6 @@ def runs(
         prepared = Prepared(machine, write_to, collect, batch, touched, console=console)
         prepared.native.timeout_ns, prepared.native.max_exits = time, limit
         for chunk in _chunks(inputs, batch):
-            if machine.resetter is not prepared.resetter:  # gone to another snapshot meanwhile
-                machine.reset_to(snapshot, scope)
-                prepared.use(machine.resetter)
             done = 0
             while done < len(chunk):
                 taken, data = prepared.take(chunk[done:])
@@ -114,6 +111,10 @@ def _run(prepared: Prepared, chunk: list[_T]) -> Iterator[Outcome[_T]]:
     native.count, drain = total, machine._drain(machine.cpus[0])
     while done < total:
         machine.check_stopped()
+        used = prepared.resetter
+        if machine.resetter is not used:  # gone to another snapshot, or to other RAM, meanwhile
+            machine.reset_to(used.snapshot, used.scope)
+            prepared.use(machine.resetter)
         native.first = first = done
         error = None
         try:
@@ -171,6 +172,8 @@ def _call(prepared: Prepared, chunk: list[_T]) -> int:
     lib.kvmpy_pause(loop)  # the function is no device: it may do all that is done between runs
     prepared.write(prepared.machine, chunk[0])
     _resume(prepared)
+    if not prepared.resetter.fits():  # C looks at its RAM after the run
+        raise ConfigError("write_to has given the machine other RAM or vCPUs")
     loop.raw, loop.exits_left = False, native.max_exits  # finishing an exit has left it raw
     code = lib.kvmpy_run(loop)
     prepared.runs[0].code = code
