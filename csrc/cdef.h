@@ -86,6 +86,7 @@ struct kvmpy_loop {
     uint32_t running;
     uint32_t finishing;
     uint32_t open;
+    uint32_t batch;
     uint32_t awaiting;
     int32_t handed;
     ...;

@@ -227,6 +227,7 @@ void kvmpy_end(struct kvmpy_loop *loop)
         return;
     timer_settime(loop->timer, 0, &never, NULL);
     loop->ticking = 0;
+    loop->batch = 0;
     kvmpy_record_end(loop);
     if (loop->was_blocked) {
         sigemptyset(&signals);
@@ -253,6 +254,8 @@ int kvmpy_resume(struct kvmpy_loop *loop, int64_t timeout_ns)
     if (!loop->ticking || loop->timer_thread != this_thread()->serial) {
         int result = kvmpy_begin(loop, timeout_ns);
         loop->ticking = result == 0;
+        if (result == 0)
+            loop->batch = 1;
         return result;
     }
     if (!take_running(loop))
@@ -261,6 +264,7 @@ int kvmpy_resume(struct kvmpy_loop *loop, int64_t timeout_ns)
     loop->outer = innermost;
     innermost = loop;
     __atomic_store_n(&loop->thread, this_thread()->id, __ATOMIC_SEQ_CST);
+    loop->batch = 1;
     return 0;
 }
 
@@ -273,6 +277,7 @@ void kvmpy_pause(struct kvmpy_loop *loop)
         kvmpy_end(loop);
         return;
     }
+    loop->batch = 0;
     kvmpy_record_end(loop);
     innermost = loop->outer;
     __atomic_store_n(&loop->thread, 0, __ATOMIC_SEQ_CST);

@@ -99,6 +99,7 @@ struct kvmpy_loop {
     uint32_t running;    /* between begin and end */
     uint32_t finishing;  /* a thread that does not run it is in kvmpy_finish(); or it is retired */
     uint32_t open;       /* accesses of the current exit are not all served yet */
+    uint32_t batch;      /* between resume and pause: C has addresses of the VM's RAM */
     uint32_t awaiting;   /* Python has one of them; cleared, it is handed over again */
     int32_t handed;      /* the last of them; Python clears it where it keeps none */
 

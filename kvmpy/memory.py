@@ -58,6 +58,8 @@ class Memory(GuestAccess):
         """What kvmpy's own snapshots note: the image that the region was made from or is in."""
         self.written: bytearray | None = None
         """Where `write` marks pages, a bit each, if anybody wants to know."""
+        self.in_vm = False
+        """Whether a guest has it: then unmapping it would give that guest what is mapped next."""
         self._viewed = self._given = False
         self._mmap = self._map(backing, fd, offset)
         if huge:
@@ -194,7 +196,12 @@ class Memory(GuestAccess):
             pass
 
     def close(self) -> None:
-        """Unmap the region; BufferError, with nothing done, while a view of it is alive."""
+        """Unmap the region; BufferError, with nothing done, while a view of it is alive.
+
+        Raises ConfigError for a region that is in a VM.
+        """
+        if self.in_vm:
+            raise ConfigError(f"{self!r} is a guest's RAM: vm.remove_memory takes it away from it")
         self.check_no_views()
         self._mmap.close()
         self._close_fd()

@@ -102,35 +102,54 @@ class VM(InterruptController):
         that the guest writes (`get_dirty_log`). See `Memory` for backing, fd, offset, huge.
         Raises OverlapError, naming both, where there is RAM already.
         """
-        other = self.memory.overlapping(address, size)
-        if other is not None:
-            raise OverlapError(
-                f"memory [{address:#x}, {address + size:#x}) overlaps the slot at "
-                f"[{other.address:#x}, {other.end:#x})"
-            )
-        slot = self._free_slot()
         options = {"readonly": readonly, "log_dirty": log_dirty, "huge": huge}
-        self.fd  # noqa: B018 - refuse a closed VM before anything is mapped
-        region = Memory(address, size, slot=slot, backing=backing, fd=fd, offset=offset, **options)
-        self.adopt_memory(region)
+        with self.whole:  # a free slot and place stay free until they are taken
+            other = self.memory.overlapping(address, size)
+            if other is not None:
+                raise OverlapError(
+                    f"memory [{address:#x}, {address + size:#x}) overlaps the slot at "
+                    f"[{other.address:#x}, {other.end:#x})"
+                )
+            slot = self._free_slot()
+            self.fd  # noqa: B018 - refuse a closed VM before anything is mapped
+            region = Memory(
+                address, size, slot=slot, backing=backing, fd=fd, offset=offset, **options
+            )
+            self.adopt_memory(region)
         return region
 
     def adopt_memory(self, region: Memory) -> None:
         """Give the guest a region that was made already, in a slot that is free."""
-        try:
-            self._set_slot(region, region.size)
-        except BaseException:
-            region.close()
-            raise
-        self.memory.add(region)
+        with self.whole:
+            try:
+                self._set_slot(region, region.size)
+            except BaseException:
+                region.close()
+                raise
+            self.memory.add(region)
+            region.in_vm = True
 
     def remove_memory(self, region: Memory) -> None:
-        """Take a region away from the guest and unmap it; BufferError while it has views."""
-        self._check_mine(region)
-        region.check_no_views()
-        self._set_slot(region, 0)
-        self.memory.remove(region)
-        region.close()
+        """Take a region away from the guest and unmap it; BufferError while it has views.
+
+        Waits while another thread saves or restores the VM, and raises ConfigError while
+        `kvmpy.runs` is at a run of it.
+        """
+        with self.whole:
+            self._check_mine(region)
+            region.check_no_views()
+            # A loop over inputs says that it begins, and then looks whether it has all its RAM:
+            # here it is the other way round, so that at least one of both sees the other.
+            self.memory.remove(region)
+            try:
+                if any(cpu.loop.batch for cpu in self.vcpus):
+                    raise ConfigError(f"{region!r} is in use by kvmpy.runs: wait for an outcome")
+                self._set_slot(region, 0)
+            except BaseException:
+                self.memory.add(region)
+                raise
+            region.in_vm = False
+            region.close()
 
     def set_log_dirty(self, region: Memory, on: bool) -> None:
         """Start or stop noting the pages of a region that the guest writes."""
@@ -215,9 +234,10 @@ class VM(InterruptController):
 
     def create_vcpu(self, index: int | None = None) -> VCPU:
         """A new vCPU; its id is `index`, by default the number of those there are."""
-        number = len(self.vcpus) if index is None else index
-        fd = self.ioctl("CREATE_VCPU", number, "a vCPU's id must be new and below KVM's maximum")
-        return self.adopt_vcpu(fd, number)
+        with self.whole:
+            number = len(self.vcpus) if index is None else index
+            hint = "a vCPU's id must be new and below KVM's maximum"
+            return self.adopt_vcpu(self.ioctl("CREATE_VCPU", number, hint), number)
 
     def adopt_vcpu(self, fd: int, index: int) -> VCPU:
         """A vCPU that was made already; `fd` is then its own."""
@@ -275,6 +295,7 @@ class VM(InterruptController):
                 vcpu.close()
             super().close()
             for region in list(self.memory):
+                region.in_vm = False
                 if abandon:
                     region.abandon()
                 else:

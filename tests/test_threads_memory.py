@@ -1,6 +1,8 @@
-"""Memory that C has addresses of, while it is taken away: by another thread, a child, or a caller."""
+"""Memory that C or KVM has addresses of, taken away by another thread, a child or a caller."""
 
+import threading
 from typing import Any
+
 import pytest
 
 from kvmpy import ConfigError, Machine, runs
@@ -11,6 +13,7 @@ pytestmark = pytest.mark.usefixtures("kvm_host")
 FAR = 1 << 30
 SIZE = 32 << 20
 HALT = b"\xf4"
+PATIENCE = 10.0
 
 
 def machine_with_more(code: bytes = HALT, **options: Any) -> Machine:
@@ -59,3 +62,49 @@ def test_a_loop_over_inputs_whose_function_takes_ram_away() -> None:
 
         with pytest.raises(ConfigError, match="other RAM"):
             list(runs(snapshot, [b""], write, machine=machine, collect=(FAR, 6)))
+
+
+def test_ram_comes_and_goes_when_no_other_thread_saves_or_restores() -> None:
+    with machine_with_more() as machine:
+        region = far(machine)
+        works = (
+            lambda: machine.vm.remove_memory(region),
+            lambda: machine.vm.add_memory(2 * FAR, SIZE),
+            machine.vm.create_vcpu,
+        )
+        for work in works:
+            thread = threading.Thread(target=work)
+            with machine.vm.whole:
+                thread.start()
+                thread.join(0.02)
+                assert thread.is_alive()
+                assert [one.address for one in machine.memory if one is region] in ([], [FAR])
+            thread.join(PATIENCE)
+        assert [one.address for one in machine.memory] == [0, 2 * FAR]
+        assert len(machine.cpus) == 2
+
+
+def test_ram_stays_while_a_loop_over_inputs_has_its_address() -> None:
+    with machine_with_more(bytes.fromhex("e610 f4")) as machine:  # out 0x10, al; hlt
+        region, told = far(machine), []
+
+        @machine.on_port(0x10)
+        def device(offset: int, size: int, value: int | None) -> None:
+            with pytest.raises(ConfigError, match=r"in use by kvmpy\.runs"):
+                machine.vm.remove_memory(region)
+            told.append(region in list(machine.memory))
+
+        made = runs(machine.snapshot(), [b"1", b"2"], FAR, machine=machine, collect=(FAR, 1))
+        assert [one.collected for one in made] == [b"1", b"2"]
+        assert told == [True, True]
+        machine.vm.remove_memory(region)
+
+
+def test_a_region_that_a_guest_has_is_not_unmapped_by_itself() -> None:
+    with machine_with_more() as machine:
+        region = far(machine)
+        with pytest.raises(ConfigError, match="remove_memory"):
+            region.close()
+        region.write(FAR, b"still there")
+        machine.vm.remove_memory(region)
+        region.close()

@@ -131,6 +131,7 @@ class Plan:
         vm = VM(results[_VM], self._facts)
         for region in regions:
             vm.memory.add(region)
+            region.in_vm = True
         first = self._cpus_at
         try:
             for number, wanted in enumerate(self._cpus):
