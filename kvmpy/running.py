@@ -73,9 +73,10 @@ class Running:
     @property
     def trace(self) -> Trace:
         """The recorder of exits, off until `trace.start()`; see `kvmpy.trace`."""
-        if self._trace is None:
-            self._trace = Trace(self.cpus, self.claim_at)
-        return self._trace
+        trace = self._trace
+        if trace is None:  # one for all threads that ask
+            trace = vars(self).setdefault("_trace", Trace(self.cpus, self.claim_at))
+        return trace
 
     def claim_at(self, port: bool, address: int) -> Claim | None:
         """Which device answers at a port, or at a guest-physical address; None for nobody."""

@@ -6,7 +6,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Final
 
 from kvmpy.abi import address_of, ffi, host_error, lib
@@ -87,7 +87,7 @@ class VCPU(VcpuRegisters):
 
     def close(self) -> None:
         """Unmap and close the vCPU; calling it again does nothing."""
-        with self._closing:
+        with self.alone:
             run, self._run = self._run, None  # a thread that begins now finds it closed
             try:
                 self.check_stopped()
@@ -101,6 +101,20 @@ class VCPU(VcpuRegisters):
                 with suppress(BufferError):  # a frame of a traceback's looks at it still
                     run.close()
         super().close()
+
+    @property
+    def alone(self) -> AbstractContextManager[object]:
+        """For `with`, while what the C loop points to is replaced, used or taken away."""
+        # In the child of a fork, the thread that holds the lock may not exist.
+        return self._closing if self._process == os.getpid() else nullcontext()
+
+    def record_to(self, ring: Any) -> None:
+        """Have the C loop fill another `trace.Ring`, from any thread."""
+        with self.alone:  # or another one's might be in use, and not be kept
+            self.keeps = [*self.keeps, ring]
+            self.loop.recorder = ring.recorder
+            if not lib.kvmpy_in_use(self.loop):  # or else a thread has the old one in its hands
+                self.keeps = [ring]
 
     def check_stopped(self) -> None:
         """Raise ConfigError while a thread runs the vCPU."""
@@ -187,7 +201,7 @@ class VCPU(VcpuRegisters):
 
     def kick(self) -> None:
         """End the run under way, or the next one, with `Interrupted`; from any thread."""
-        with self._closing:
+        with self.alone:
             if self._run is not None:
                 lib.kvmpy_kick(self.loop)
 

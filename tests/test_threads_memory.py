@@ -1,6 +1,10 @@
 """Memory that C or KVM has addresses of, taken away by another thread, a child or a caller."""
 
+import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -108,3 +112,38 @@ def test_a_region_that_a_guest_has_is_not_unmapped_by_itself() -> None:
         region.write(FAR, b"still there")
         machine.vm.remove_memory(region)
         region.close()
+
+
+@contextmanager
+def hasty_switching() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_a_recorder_that_several_threads_replace_at_once_is_kept() -> None:
+    with machine_with_more() as machine:
+        (cpu,) = machine.cpus
+        lost, stop = [], threading.Event()
+
+        def start() -> None:
+            while not stop.is_set():
+                machine.trace.start(0)
+
+        threads = [threading.Thread(target=start) for _ in range(3)]
+        with hasty_switching():
+            for thread in threads:
+                thread.start()
+            until = time.monotonic() + 0.7
+            while time.monotonic() < until and not lost:
+                with cpu.alone:
+                    if all(ring.recorder != cpu.loop.recorder for ring in cpu.keeps):
+                        lost.append(cpu.loop.recorder)
+            stop.set()
+            for thread in threads:
+                thread.join(PATIENCE)
+        assert not lost
+        assert machine.run(PATIENCE).outcome == "halt"

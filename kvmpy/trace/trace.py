@@ -100,10 +100,7 @@ class Trace(Sequence[Record]):
 
     def _renew(self, rings: list[Ring]) -> None:
         for cpu, ring in zip(self._cpus, rings, strict=True):
-            cpu.keeps = [*cpu.keeps, ring]
-            cpu.loop.recorder = ring.recorder
-            if not lib.kvmpy_in_use(cpu.loop):  # or else a thread has the old one in its hands
-                cpu.keeps = [ring]
+            cpu.record_to(ring)
         self.rings = rings
         self._names = [Names(self._find) for _ in self._cpus]
 
