@@ -36,7 +36,7 @@ struct kvmpy_action {
     uint8_t *buffer;
     uint64_t capacity;
     uint64_t length;
-    ...;
+    uint32_t lock;
 };
 
 struct kvmpy_range {
@@ -98,13 +98,13 @@ int kvmpy_run(struct kvmpy_loop *loop);
 void kvmpy_unread(struct kvmpy_loop *loop);
 int kvmpy_finish(struct kvmpy_loop *loop);
 int kvmpy_in_use(struct kvmpy_loop *loop);
-void kvmpy_retire(struct kvmpy_loop *loop);
+int kvmpy_retire(struct kvmpy_loop *loop, int alone);
 void kvmpy_kick(struct kvmpy_loop *loop);
 int kvmpy_unkick(struct kvmpy_loop *loop);
 void kvmpy_forget_end(struct kvmpy_loop *loop);
 void kvmpy_forget(struct kvmpy_loop *loop);
 uint64_t kvmpy_clock_cost(uint32_t pairs);
-uint64_t kvmpy_take(struct kvmpy_action *action, uint8_t *into, uint64_t limit);
+uint64_t kvmpy_take(struct kvmpy_action *action, uint8_t *into, uint64_t limit, int alone);
 
 int kvmpy_ioctl(int fd, unsigned long request, uintptr_t argument);
 int kvmpy_ioctl_buffer(int fd, unsigned long request, void *argument);

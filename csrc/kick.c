@@ -168,17 +168,29 @@ int kvmpy_in_use(struct kvmpy_loop *loop)
            __atomic_load_n(&loop->finishing, __ATOMIC_SEQ_CST);
 }
 
-/* The vCPU's mapping goes: nothing in C may touch it any more. Waits for a kvmpy_finish() under
- * way, which enters no guest. Not for the child of a fork, where that thread may not exist. */
-void kvmpy_retire(struct kvmpy_loop *loop)
+/* The vCPU's mapping goes: nothing in C may touch it any more. Waits for a kvmpy_finish() or
+ * kvmpy_reset() under way, which enter no guest. -EBUSY: a thread runs it. `alone`: this is the
+ * child of a fork, where none of those threads exists; but it may be in the midst of a device, so
+ * that there is something to come back to. */
+int kvmpy_retire(struct kvmpy_loop *loop, int alone)
 {
+    static struct kvm_run nothing;
     uint32_t free = 0;
 
-    while (!__atomic_compare_exchange_n(&loop->finishing, &free, 1, 0, __ATOMIC_SEQ_CST,
-                                        __ATOMIC_SEQ_CST)) {
+    while (!alone && !__atomic_compare_exchange_n(&loop->finishing, &free, 1, 0, __ATOMIC_SEQ_CST,
+                                                  __ATOMIC_SEQ_CST)) {
         free = 0;
         sched_yield();
     }
+    if (!alone && __atomic_load_n(&loop->running, __ATOMIC_SEQ_CST)) {
+        kvmpy_release(loop);
+        return -EBUSY;
+    }
+    loop->open = loop->awaiting = loop->held = loop->incomplete = 0;
+    loop->ring = NULL;
+    loop->fd = -1;
+    loop->run = &nothing;
+    return 0;
 }
 
 /* Make this thread the one that runs the vCPU; timeout_ns < 0 means no deadline.

@@ -34,10 +34,12 @@ static void unlock(struct kvmpy_action *action)
     __atomic_store_n(&action->lock, 0, __ATOMIC_RELEASE);
 }
 
-/* Move at most limit captured bytes out of a KVMPY_CAPTURE action; how many it moved. */
-uint64_t kvmpy_take(struct kvmpy_action *action, uint8_t *into, uint64_t limit)
+/* Move at most limit captured bytes out of a KVMPY_CAPTURE action; how many it moved. `alone`: this
+ * is the child of a fork, where whoever has the lock may not exist. */
+uint64_t kvmpy_take(struct kvmpy_action *action, uint8_t *into, uint64_t limit, int alone)
 {
-    lock(action);
+    if (!alone)
+        lock(action);
     uint64_t count = action->length < limit ? action->length : limit;
     memcpy(into, action->buffer, count);
     memmove(action->buffer, action->buffer + count, action->length - count);
@@ -388,7 +390,8 @@ void kvmpy_unread(struct kvmpy_loop *loop)
     loop->returned = KVMPY_HEARTBEAT;
 }
 
-static int finish(struct kvmpy_loop *loop)
+/* kvmpy_finish() between kvmpy_claim() and kvmpy_release(). */
+int kvmpy_finish_claimed(struct kvmpy_loop *loop)
 {
     struct kvm_run *run = loop->run;
 
@@ -440,7 +443,7 @@ int kvmpy_finish(struct kvmpy_loop *loop)
     int claimed = kvmpy_claim(loop);
     if (claimed < 0)
         return claimed;
-    int result = finish(loop);
+    int result = kvmpy_finish_claimed(loop);
     if (claimed)
         kvmpy_release(loop);
     return result;

@@ -86,7 +86,7 @@ static int settle(struct kvmpy_loop *loop)
     if (!loop->incomplete || is_whole_write(loop->run))
         return 0;
     loop->raw = 1;
-    while ((result = kvmpy_finish(loop)) == KVMPY_EXIT)
+    while ((result = kvmpy_finish_claimed(loop)) == KVMPY_EXIT)
         loop->held = 0;
     return result < 0 ? result : 0;
 }
@@ -149,7 +149,7 @@ static void set_registers(const struct kvmpy_reset_cpu *cpu, struct kvm_run *run
     }
 }
 
-int kvmpy_reset(struct kvmpy_reset *reset)
+static int reset_claimed(struct kvmpy_reset *reset)
 {
     int result = 0;
 
@@ -183,6 +183,27 @@ int kvmpy_reset(struct kvmpy_reset *reset)
             set_registers(cpu, run);
     }
     reset->drop = result != 0;
+    return result;
+}
+
+/* While it is under way, no other thread begins to run a vCPU, or unmaps what is written to. */
+int kvmpy_reset(struct kvmpy_reset *reset)
+{
+    int claimed[reset->cpus + 1], result = 0;
+    uint32_t have = 0;
+
+    while (have < reset->cpus && result == 0) {
+        claimed[have] = kvmpy_claim(reset->cpu[have].loop);
+        if (claimed[have] < 0)
+            result = claimed[have];
+        else
+            have++;
+    }
+    if (result == 0)
+        result = reset_claimed(reset);
+    while (have--)
+        if (claimed[have])
+            kvmpy_release(reset->cpu[have].loop);
     return result;
 }
 

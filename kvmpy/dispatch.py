@@ -5,6 +5,7 @@ function to call, filled when an access of its kind is first seen, so that an ex
 dict lookup.
 """
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from operator import index
@@ -296,11 +297,13 @@ class _Backing:
 
     def __init__(self, action: Any, buffer: Any, owner: object) -> None:
         self._action, self._buffer, self._owner = action, buffer, owner
+        self._process = os.getpid()
 
     def hits(self) -> int:
         return int(self._action.reads + self._action.writes)
 
     def take(self) -> bytes:
         room = ffi.new("uint8_t[]", 0 if self._buffer is None else len(self._buffer))
-        count = lib.kvmpy_take(self._action, room, len(room))
+        child = self._process != os.getpid()
+        count = lib.kvmpy_take(self._action, room, len(room), child)
         return bytes(ffi.buffer(room, count))

@@ -1,5 +1,6 @@
 """New machines made from a snapshot, and the devices that they get when they need them."""
 
+import os
 import sys
 from collections.abc import Callable
 from threading import RLock
@@ -15,7 +16,17 @@ from kvmpy.snapshot.snapshot import check_snapshot
 
 __all__ = ["Spawning"]
 
-_late = RLock()  # two vCPUs may need a device at the same time
+
+class _Late:
+    lock = RLock()
+    """Two vCPUs may need a device at the same time."""
+
+    @classmethod
+    def in_child(cls) -> None:
+        cls.lock = RLock()  # the thread that had the other one may not exist there
+
+
+os.register_at_fork(after_in_child=_Late.in_child)
 
 
 class Spawning(Copying):
@@ -91,7 +102,7 @@ class Spawning(Copying):
 
     def _attach_late(self) -> Dispatch:
         """Make the devices of a machine that was made from a snapshot, as it has them."""
-        with _late:
+        with _Late.lock:
             if self._dispatch is None:
                 made = self._standard()
                 if self._waiting is not None:

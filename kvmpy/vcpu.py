@@ -95,8 +95,9 @@ class VCPU(VcpuRegisters):
                 self._run = run
                 raise
             if run is not None:
-                if self._process == os.getpid():
-                    lib.kvmpy_retire(self.loop)
+                if lib.kvmpy_retire(self.loop, self._process != os.getpid()) < 0:
+                    self._run = run
+                    raise self._still_running()
                 lib.kvmpy_forget(self.loop)
                 with suppress(BufferError):  # a frame of a traceback's looks at it still
                     run.close()
@@ -120,7 +121,10 @@ class VCPU(VcpuRegisters):
         """Raise ConfigError while a thread runs the vCPU."""
         # In the child of a fork, no thread runs what another thread of the parent's ran.
         if self.loop.running and self._process == os.getpid():
-            raise ConfigError(f"{self.what} is running: stop it before closing it")
+            raise self._still_running()
+
+    def _still_running(self) -> ConfigError:
+        return ConfigError(f"{self.what} is running: stop it before closing it")
 
     # Running ------------------------------------------------------------------------------
 

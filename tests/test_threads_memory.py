@@ -1,15 +1,19 @@
 """Memory that C or KVM has addresses of, taken away by another thread, a child or a caller."""
 
+import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
 
-from kvmpy import ConfigError, Machine, runs
+from kvmpy import ClosedError, ConfigError, Machine, runs, spawning
+from kvmpy.abi import lib
+from kvmpy.devices import Capture
 from kvmpy.memory import Memory
 
 pytestmark = pytest.mark.usefixtures("kvm_host")
@@ -128,6 +132,7 @@ def test_a_recorder_that_several_threads_replace_at_once_is_kept() -> None:
     with machine_with_more() as machine:
         (cpu,) = machine.cpus
         lost, stop = [], threading.Event()
+        machine.trace.start(0)
 
         def start() -> None:
             while not stop.is_set():
@@ -147,3 +152,122 @@ def test_a_recorder_that_several_threads_replace_at_once_is_kept() -> None:
                 thread.join(PATIENCE)
         assert not lost
         assert machine.run(PATIENCE).outcome == "halt"
+
+
+# A vCPU's mapping ----------------------------------------------------------------------------
+
+
+def test_a_vcpu_that_a_thread_begins_to_run_while_it_is_closed_is_not_unmapped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with machine_with_more() as machine:
+        (cpu,) = machine.cpus
+        with monkeypatch.context() as patched:
+            patched.setattr(cpu, "check_stopped", lambda: None)  # it began right after that
+            cpu.loop.running = 1
+            with pytest.raises(ConfigError, match="is running"):
+                cpu.close()
+        cpu.loop.running = 0
+        assert machine.run(PATIENCE).outcome == "halt"
+
+
+def test_going_back_and_running_exclude_each_other_in_c() -> None:
+    with machine_with_more() as machine:
+        (cpu,) = machine.cpus
+        snapshot = machine.snapshot()
+        machine.reset_to(snapshot)
+        cpu.loop.running = 1  # another thread began after check_stopped()
+        with pytest.raises(ConfigError, match="run or finished by another thread"):
+            machine.resetter.reset()
+        cpu.loop.running = 0
+        machine.resetter.reset()
+        assert not cpu.loop.finishing
+        assert machine.run(PATIENCE).outcome == "halt"
+
+
+# The child of a fork -------------------------------------------------------------------------
+
+
+def status_of_child(work: Callable[[], object]) -> int:
+    """How a forked child ends that does this; it is killed if it hangs."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@contextmanager
+def held_by_another_thread(lock: AbstractContextManager[object]) -> Iterator[None]:
+    held, stop = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            stop.wait(2 * PATIENCE)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(PATIENCE)
+    yield
+    stop.set()
+    thread.join()
+
+
+def test_a_child_closes_while_another_thread_stops_the_machine() -> None:
+    with machine_with_more() as machine, held_by_another_thread(machine.cpus[0].alone):
+        assert status_of_child(machine.close) == 0
+
+
+def test_a_child_makes_machines_while_another_thread_makes_devices() -> None:
+    def work() -> None:
+        with Machine.from_snapshot(snapshot) as made:
+            assert made.devices
+            assert made.run(PATIENCE).outcome == "halt"
+
+    with machine_with_more() as machine:
+        snapshot = machine.snapshot()
+        with held_by_another_thread(spawning._Late.lock):
+            assert status_of_child(work) == 0
+
+
+def test_a_child_closes_while_a_vcpu_writes_to_a_capture() -> None:
+    with machine_with_more() as machine:
+        capture = Capture()
+        machine.attach_port(0x10, 1, capture)
+        action: Any = capture.backing
+        action._action.lock = 1  # as in the middle of another thread's write
+        assert status_of_child(machine.close) == 0
+        action._action.lock = 0
+
+
+def test_a_child_that_is_forked_in_a_device_closes_the_machine_and_comes_back() -> None:
+    machine, status = machine_with_more(bytes.fromhex("e610 f4")), []
+
+    @machine.on_port(0x10)
+    def device(offset: int, size: int, value: int | None) -> None:
+        def work() -> None:
+            with pytest.raises(ClosedError):
+                machine.close()
+                again()
+
+        def again() -> None:  # what the C loop does when the device returns
+            code = lib.kvmpy_run(machine.cpus[0].loop)
+            assert code < 0
+            raise machine.cpus[0].run_error(-code)
+
+        status.append(status_of_child(work))
+
+    assert machine.run(PATIENCE).outcome == "halt"
+    assert status == [0]
+    machine.close()
