@@ -100,7 +100,11 @@ class Dispatch:
         self._free_rows = _Numbers()
         self._free = _Numbers()
         self._generation = 0  # of the claims; counts attachments and detachments
-        self._kept: deque[object] = deque(maxlen=16)  # ranges that C may be looking at still
+        self._loops: list[Any] = []
+        # Ranges that C may be looking at still: how often each of its loops, that was in use when
+        # they were replaced, had entered the guest by then.
+        self._replaced: list[tuple[object, list[tuple[Any, int]]]] = []
+        self._ranges: object = None
         self._port_table, self._actions = _NO_PORTS, _NO_ACTIONS
         self._native: dict[Claim, int] = {}
         self.routes: Any = ffi.new("struct kvmpy_routes *")
@@ -108,6 +112,11 @@ class Dispatch:
         self.routes.ports = self._port_table
         self.routes.actions = self._actions
         self._rebuild(self.mmio)
+
+    def lead(self, loop: Any) -> None:
+        """Have the C loop of a vCPU look here."""
+        self._loops.append(loop)
+        loop.routes = self.routes
 
     def own(self) -> Iterator[tuple[Bus, Claim]]:
         """The claims of devices beyond the standard ones."""
@@ -203,8 +212,11 @@ class Dispatch:
             for claim in bus
         ]
         ranges = ffi.new("struct kvmpy_ranges *", (len(rows), rows))
-        self._kept.append(ranges)
+        before, self._ranges = self._ranges, ranges
         self.routes.ranges = ranges
+        users = [(loop, loop.entries) for loop in self._loops if lib.kvmpy_in_use(loop)]
+        kept = [one for one in self._replaced if any(map(_looks_still, one[1]))]
+        self._replaced = [*kept, (before, users)]
 
     def resolve(self, code: int) -> Served:
         """What serves the accesses of one number of the C loop's; remembered in `served`."""
@@ -290,6 +302,13 @@ def bad_answer(name: str, address: int, size: int, value: object) -> DeviceError
         f"device {name} answered a {size}-byte read at {address:#x} with {shown}: "
         f"return an int of 0 to {ones(size):#x}"
     )
+
+
+def _looks_still(user: tuple[Any, int]) -> bool:
+    """Whether a loop may be serving the exit at which ranges were replaced."""
+    loop, entries = user
+    # Twice, as an entry may have been counted that this thread had not seen yet.
+    return loop.entries < entries + 2 and bool(lib.kvmpy_in_use(loop))
 
 
 class _Backing:

@@ -205,7 +205,7 @@ class Machine(Spawning, Attaching, Viewing, Debugging):
 
     def _add_cpu(self, cpuid: bytes | None) -> None:
         cpu = self.vm.create_vcpu()
-        cpu.loop.routes = self.dispatch.routes
+        self.dispatch.lead(cpu.loop)
         cpu.finisher = partial(self._finish_exit, cpu)
         cpu.set_cpuid2(cpuid or packed_cpuid(self.kvm, cpu.index))
         if self._posted:

@@ -108,6 +108,6 @@ class Spawning(Copying):
                 if self._waiting is not None:
                     load_devices(self._waiting, made, partly=True)
                 for cpu in self.cpus:
-                    cpu.loop.routes = made.routes
+                    made.lead(cpu.loop)
                 self._dispatch = made
             return self._dispatch

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from kvmpy import ClosedError, ConfigError, Machine, runs, spawning
 from kvmpy.abi import lib
-from kvmpy.devices import Capture
+from kvmpy.devices import Capture, Sink
 from kvmpy.memory import Memory
 
 pytestmark = pytest.mark.usefixtures("kvm_host")
@@ -152,6 +153,26 @@ def test_a_recorder_that_several_threads_replace_at_once_is_kept() -> None:
                 thread.join(PATIENCE)
         assert not lost
         assert machine.run(PATIENCE).outcome == "halt"
+
+
+# What the C loop looks at --------------------------------------------------------------------
+
+
+def test_ranges_stay_while_a_vcpu_may_be_looking_at_them() -> None:
+    with machine_with_more() as machine:
+        loop, dispatch = machine.cpus[0].loop, machine.dispatch
+        before = weakref.ref(dispatch._ranges)
+        loop.running = 1  # a thread serves an exit, and may have been interrupted in the midst
+        for _ in range(20):
+            machine.detach(machine.attach_mmio(2 * FAR, 4096, Sink()))
+        assert before() is not None
+        loop.entries += 2
+        machine.detach(machine.attach_mmio(2 * FAR, 4096, Sink()))
+        assert before() is None
+        loop.running = 0
+        for _ in range(20):
+            machine.detach(machine.attach_mmio(2 * FAR, 4096, Sink()))
+        assert len(dispatch._replaced) == 1
 
 
 # A vCPU's mapping ----------------------------------------------------------------------------
