@@ -154,6 +154,7 @@ static int reset_claimed(struct kvmpy_reset *reset)
     int result = 0;
 
     reset->looked = reset->changed = 0;
+    reset->failed = reset->count; /* none of the calls, until one does */
     reset->paging = reset->drop;
     reset->drop = 1; /* until it is done: the next one may not see what changed */
     for (uint32_t at = 0; at < reset->cpus && result == 0; at++) {

@@ -29,7 +29,7 @@ struct kvmpy_reset {
     struct kvmpy_reset_cpu *cpu;
     const struct kvmpy_call *calls; /* the state that needs an ioctl */
     uint32_t count;
-    uint32_t failed;  /* the number of the call that failed */
+    uint32_t failed;  /* the number of the call that failed; `count`: it was another thing */
 
     uint32_t spare_slot;    /* a memory slot, an address and a page for dropping mappings */
     uint64_t spare_address;

@@ -169,6 +169,8 @@ class Copying(Running):
         """
         # Where a signal handler raises in the midst, the next reset is a whole one.
         resetter, self.resetter = self.resetter, None
+        if resetter is None:
+            raise ConfigError("another thread goes back to a snapshot with this machine: one does")
         self._reset_devices(resetter.snapshot)
         unseen: int = resetter.prepare()
         self.resetter = resetter

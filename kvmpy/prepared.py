@@ -44,6 +44,7 @@ class Prepared:
         batch: int,
         touched: bool,
         *,
+        resetter: Any,
         console: bool,
     ) -> None:
         self.machine, self.console = machine, console
@@ -54,7 +55,7 @@ class Prepared:
         self._runs_touched = batch if touched else 0
         self.room, self.address = 0, write_to
         if isinstance(write_to, int):
-            if machine.resetter.method != DIRTY_LOG:  # C has no place to note what it writes
+            if resetter.method != DIRTY_LOG:  # C has no place to note what it writes
                 self.write = lambda machine, data: machine.memory.write(write_to, data)
         elif self.write is None and write_to is not None:
             raise ConfigError(f"write_to={write_to!r}: give an address, or a function")
@@ -66,7 +67,7 @@ class Prepared:
             self.collected = bytearray(batch * self.size)
             made.collect_size = self.size
             made.collected = self._room = ffi.from_buffer(self.collected, require_writable=True)
-        self.use(machine.resetter)
+        self.use(resetter)
         self.runs = made.runs = ffi.new("struct kvmpy_run[]", batch)
         self.ends = made.ends = ffi.new("uint64_t[]", batch)
         self.registers = memoryview(ffi.buffer(self.runs))

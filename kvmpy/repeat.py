@@ -75,13 +75,17 @@ def runs(
         machine = Machine.from_snapshot(snapshot, attach)
     loop, before = machine.cpus[0].loop, machine.cpus[0].loop.heartbeat_ns
     try:
-        machine.reset_to(snapshot, scope)
+        with machine.vm.whole:  # another thread may go back with it, too
+            machine.reset_to(snapshot, scope)
+            resetter = machine.resetter
         if time >= 0:  # a deadline is seen at a heartbeat
             loop.heartbeat_ns = min(before, max(_FASTEST_BEAT_NS, time // 4))
-        by_tables = machine.resetter.method != DIRTY_LOG
+        by_tables = resetter.method != DIRTY_LOG
         if machine.has_native_state or callable(write_to) or by_tables:
             batch = 1  # between two runs there is something to do in Python
-        prepared = Prepared(machine, write_to, collect, batch, touched, console=console)
+        prepared = Prepared(
+            machine, write_to, collect, batch, touched, resetter=resetter, console=console
+        )
         prepared.native.timeout_ns, prepared.native.max_exits = time, limit
         for chunk in _chunks(inputs, batch):
             done = 0
@@ -113,8 +117,9 @@ def _run(prepared: Prepared, chunk: list[_T]) -> Iterator[Outcome[_T]]:
         machine.check_stopped()
         used = prepared.resetter
         if machine.resetter is not used:  # gone to another snapshot, or to other RAM, meanwhile
-            machine.reset_to(used.snapshot, used.scope)
-            prepared.use(machine.resetter)
+            with machine.vm.whole:
+                machine.reset_to(used.snapshot, used.scope)
+                prepared.use(machine.resetter)
         native.first = first = done
         error = None
         try:

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from kvmpy import ClosedError, ConfigError, Machine, runs, spawning
+from kvmpy import ClosedError, ConfigError, HostError, Machine, runs, spawning
 from kvmpy.abi import lib
 from kvmpy.devices import Capture, Sink
 from kvmpy.memory import Memory
+from kvmpy.snapshot.reset import DIRTY_LOG
 
 pytestmark = pytest.mark.usefixtures("kvm_host")
 
@@ -204,6 +205,25 @@ def test_going_back_and_running_exclude_each_other_in_c() -> None:
         machine.resetter.reset()
         assert not cpu.loop.finishing
         assert machine.run(PATIENCE).outcome == "halt"
+
+
+def test_a_loop_over_inputs_and_another_thread_that_goes_back_are_told_of_each_other() -> None:
+    with machine_with_more() as machine:
+        snapshot = machine.snapshot()
+        machine.reset_to(snapshot)
+        machine.resetter = None  # as in the middle of another thread's restore()
+        with pytest.raises(ConfigError, match="another thread goes back"):
+            machine.before_reset()
+
+
+def test_a_reset_that_cannot_read_the_dirty_log_says_so() -> None:
+    with machine_with_more() as machine:
+        machine.reset_to(machine.snapshot())
+        if machine.resetter.method != DIRTY_LOG:
+            pytest.skip("this host's KVM has no manual dirty log")
+        machine.vm.set_log_dirty(far(machine), False)
+        with pytest.raises(HostError, match="the dirty log failed"):
+            machine.resetter.reset()
 
 
 # The child of a fork -------------------------------------------------------------------------

@@ -106,7 +106,8 @@ class Resetter:
         """The exception for an errno of C's part."""
         if code == errno.EBUSY:
             return ConfigError("a vCPU is run or finished by another thread: stop it first")
-        failed = self._calls[self.native.failed].what if self._calls else "the dirty log"
+        number = self.native.failed
+        failed = self._calls[number].what if number < len(self._calls) else "the dirty log"
         return host_error(code, f"going back to a snapshot: {failed}")
 
     def _log(self) -> bool:
