@@ -23,6 +23,8 @@
 #define KVMPY_COUNTER ...
 #define KVMPY_END ...
 
+#define KVMPY_HELD ...
+
 #define KVMPY_REASONS ...
 #define KVMPY_MAX_ROWS ...
 #define KVMPY_SAMPLE ...
@@ -97,8 +99,10 @@ void kvmpy_end(struct kvmpy_loop *loop);
 int kvmpy_run(struct kvmpy_loop *loop);
 void kvmpy_unread(struct kvmpy_loop *loop);
 int kvmpy_finish(struct kvmpy_loop *loop);
+void kvmpy_release(struct kvmpy_loop *loop);
 int kvmpy_in_use(struct kvmpy_loop *loop);
-int kvmpy_retire(struct kvmpy_loop *loop, int alone);
+int kvmpy_hold(struct kvmpy_loop *loop);
+void kvmpy_retire(struct kvmpy_loop *loop);
 void kvmpy_kick(struct kvmpy_loop *loop);
 int kvmpy_unkick(struct kvmpy_loop *loop);
 void kvmpy_forget_end(struct kvmpy_loop *loop);

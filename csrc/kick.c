@@ -168,29 +168,36 @@ int kvmpy_in_use(struct kvmpy_loop *loop)
            __atomic_load_n(&loop->finishing, __ATOMIC_SEQ_CST);
 }
 
-/* The vCPU's mapping goes: nothing in C may touch it any more. Waits for a kvmpy_finish() or
- * kvmpy_reset() under way, which enter no guest. -EBUSY: a thread runs it. `alone`: this is the
- * child of a fork, where none of those threads exists; but it may be in the midst of a device, so
- * that there is something to come back to. */
-int kvmpy_retire(struct kvmpy_loop *loop, int alone)
+/* Keep all threads from running and finishing, until kvmpy_release(); again: nothing. Waits for a
+ * kvmpy_finish() or kvmpy_reset() under way, which enter no guest. -EBUSY: a thread runs it. */
+int kvmpy_hold(struct kvmpy_loop *loop)
 {
-    static struct kvm_run nothing;
-    uint32_t free = 0;
+    uint32_t found = 0;
 
-    while (!alone && !__atomic_compare_exchange_n(&loop->finishing, &free, 1, 0, __ATOMIC_SEQ_CST,
-                                                  __ATOMIC_SEQ_CST)) {
-        free = 0;
+    while (!__atomic_compare_exchange_n(&loop->finishing, &found, KVMPY_HELD, 0, __ATOMIC_SEQ_CST,
+                                        __ATOMIC_SEQ_CST)) {
+        if (found == KVMPY_HELD)
+            return 0;
+        found = 0;
         sched_yield();
     }
-    if (!alone && __atomic_load_n(&loop->running, __ATOMIC_SEQ_CST)) {
-        kvmpy_release(loop);
-        return -EBUSY;
-    }
+    if (!__atomic_load_n(&loop->running, __ATOMIC_SEQ_CST))
+        return 0;
+    kvmpy_release(loop);
+    return -EBUSY;
+}
+
+/* The vCPU's mapping goes: nothing in C may touch it any more. After kvmpy_hold(), or in the child of
+ * a fork, where the other threads do not exist; but it may be in the midst of a device, so that
+ * there is something to come back to. */
+void kvmpy_retire(struct kvmpy_loop *loop)
+{
+    static struct kvm_run nothing;
+
     loop->open = loop->awaiting = loop->held = loop->incomplete = 0;
     loop->ring = NULL;
     loop->fd = -1;
     loop->run = &nothing;
-    return 0;
 }
 
 /* Make this thread the one that runs the vCPU; timeout_ns < 0 means no deadline.

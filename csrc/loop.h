@@ -121,6 +121,7 @@ struct kvmpy_loop {
 };
 
 #define STOPPED_BEFORE 2
+#define KVMPY_HELD 2 /* `finishing`, by kvmpy_hold() */
 
 /* CLOCK_MONOTONIC, in ns. */
 static inline uint64_t kvmpy_clock(void)
@@ -141,7 +142,8 @@ void kvmpy_unread(struct kvmpy_loop *loop);
 int kvmpy_finish(struct kvmpy_loop *loop);
 int kvmpy_finish_claimed(struct kvmpy_loop *loop);
 int kvmpy_in_use(struct kvmpy_loop *loop);
-int kvmpy_retire(struct kvmpy_loop *loop, int alone);
+int kvmpy_hold(struct kvmpy_loop *loop);
+void kvmpy_retire(struct kvmpy_loop *loop);
 void kvmpy_kick(struct kvmpy_loop *loop);
 int kvmpy_unkick(struct kvmpy_loop *loop);
 void kvmpy_forget_end(struct kvmpy_loop *loop);

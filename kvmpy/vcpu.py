@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from kvmpy.abi import address_of, ffi, host_error, lib
 from kvmpy.counts import ExitCounts
-from kvmpy.errors import ConfigError, HostError, PendingExitError
+from kvmpy.errors import ClosedError, ConfigError, HostError, PendingExitError
 from kvmpy.exits import (
     OFFSET_DIRTY_REGS,
     OFFSET_REASON,
@@ -89,19 +89,34 @@ class VCPU(VcpuRegisters):
         """Unmap and close the vCPU; calling it again does nothing."""
         with self.alone:
             run, self._run = self._run, None  # a thread that begins now finds it closed
-            try:
-                self.check_stopped()
-            except ConfigError:
-                self._run = run
-                raise
             if run is not None:
-                if lib.kvmpy_retire(self.loop, self._process != os.getpid()) < 0:
+                try:
+                    self._hold()
+                except BaseException:
                     self._run = run
-                    raise self._still_running()
+                    raise
+                lib.kvmpy_retire(self.loop)
                 lib.kvmpy_forget(self.loop)
                 with suppress(BufferError):  # a frame of a traceback's looks at it still
                     run.close()
         super().close()
+
+    def hold(self) -> None:
+        """Keep all threads from running it, to be closed or `release`d; ConfigError if one does."""
+        with self.alone:
+            if self._run is not None:
+                self._hold()
+
+    def release(self) -> None:
+        """Take `hold` back."""
+        with self.alone:
+            if self._run is not None:
+                lib.kvmpy_release(self.loop)
+
+    def _hold(self) -> None:
+        self.check_stopped()
+        if self._process == os.getpid() and lib.kvmpy_hold(self.loop) < 0:
+            raise self._still_running()
 
     @property
     def alone(self) -> AbstractContextManager[object]:
@@ -154,7 +169,10 @@ class VCPU(VcpuRegisters):
 
     def begin_error(self, code: int) -> Exception:
         """The exception for an errno of kvmpy_begin()'s."""
+        held = self.loop.finishing == lib.KVMPY_HELD
         self.run_page  # noqa: B018 - C says that of a closed one, too
+        if code == errno.EBUSY and held:
+            return ClosedError(f"{self.what} is being closed")
         if code == errno.EBUSY:
             return ConfigError(f"{self.what} is already running: one thread at a time, once")
         if code == errno.ENOSPC:

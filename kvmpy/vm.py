@@ -289,8 +289,15 @@ class VM(InterruptController):
         with self.whole:
             for region in () if abandon else self.memory:
                 region.check_no_views()
-            for vcpu in self.vcpus:
-                vcpu.check_stopped()
+            held = []
+            try:
+                for vcpu in self.vcpus:  # all of them, or none is closed
+                    vcpu.hold()
+                    held.append(vcpu)
+            except BaseException:
+                for vcpu in held:
+                    vcpu.release()
+                raise
             for vcpu in self.vcpus:
                 vcpu.close()
             super().close()

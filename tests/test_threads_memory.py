@@ -17,6 +17,7 @@ from kvmpy.abi import lib
 from kvmpy.devices import Capture, Sink
 from kvmpy.memory import Memory
 from kvmpy.snapshot.reset import DIRTY_LOG
+from kvmpy.vcpu import VCPU
 
 pytestmark = pytest.mark.usefixtures("kvm_host")
 
@@ -191,6 +192,19 @@ def test_a_vcpu_that_a_thread_begins_to_run_while_it_is_closed_is_not_unmapped(
                 cpu.close()
         cpu.loop.running = 0
         assert machine.run(PATIENCE).outcome == "halt"
+
+
+def test_a_machine_of_which_a_vcpu_begins_to_run_is_closed_as_a_whole_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with machine_with_more(cpus=2) as machine:
+        with monkeypatch.context() as patched:
+            patched.setattr(VCPU, "check_stopped", lambda self: None)  # it began right after that
+            machine.cpus[1].loop.running = 1
+            with pytest.raises(ConfigError, match="vCPU 1 is running"):
+                machine.close()
+        machine.cpus[1].loop.running = 0
+        assert [machine.run(PATIENCE, cpu=number).outcome for number in (0, 1)] == ["halt"] * 2
 
 
 def test_going_back_and_running_exclude_each_other_in_c() -> None:
