@@ -187,8 +187,8 @@ int kvmpy_hold(struct kvmpy_loop *loop)
     return -EBUSY;
 }
 
-/* The vCPU's mapping goes: nothing in C may touch it any more. After kvmpy_hold(), or in the child of
- * a fork, where the other threads do not exist; but it may be in the midst of a device, so that
+/* The vCPU's mapping goes: nothing in C may touch it any more. After kvmpy_hold(), or in the child
+ * of a fork, where the other threads do not exist; but it may be in the midst of a device, so that
  * there is something to come back to. */
 void kvmpy_retire(struct kvmpy_loop *loop)
 {
