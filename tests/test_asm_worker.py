@@ -222,7 +222,7 @@ def test_it_works_with_closed_standard_streams():
     assert run_script(script) == "b801000000 []"
 
 
-@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("busy", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_worker_ends_with_its_parent(busy):
     script = f"""
     import os, threading, time

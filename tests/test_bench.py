@@ -421,7 +421,9 @@ def test_a_batch_survives_the_way_between_processes() -> None:
 # Statistics ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [2, 3, 5, 8, 12, 20])
+@pytest.mark.parametrize(
+    "count", [2, 3, 5, 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (12, 20))]
+)
 def test_the_interval_covers_the_median_as_often_as_it_says(count: int) -> None:
     random = np.random.default_rng(11)
     covered, runs = 0, 80
@@ -685,6 +687,7 @@ def test_bad_input_of_the_command_is_one_line(arguments: tuple[str, ...], named:
     assert named in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kvm_host")
 def test_ctrl_c_prints_what_there_is() -> None:
     command = [sys.executable, "-m", "kvmpy", "bench", "pio-out", "--samples", "20000"]

@@ -106,7 +106,7 @@ def test_the_suffix_chooses_the_format(suffix: str, tmp_path: Path) -> None:
             assert word in data.decode()
 
 
-@pytest.mark.parametrize(("count", "pages"), [(12, 1), (13, 3)])
+@pytest.mark.parametrize(("count", "pages"), [pytest.param(12, 1, marks=pytest.mark.slow), (13, 3)])
 def test_a_pdf_of_many_operations_has_pages(count: int, pages: int, tmp_path: Path) -> None:
     """Those of the panels, and that of the waterfalls, which come from the three levels."""
     more = [Measurement(Case(f"x{at}"), LEVELS[1].batches) for at in range(count - 1)]

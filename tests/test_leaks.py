@@ -59,6 +59,7 @@ def test_the_counts_notice_a_machine() -> None:
     assert resources() == before
 
 
+@pytest.mark.slow
 def test_500_machines_leave_nothing_behind() -> None:
     def use_one(number: int) -> None:
         irqchip = "split" if number % 10 == 9 else None

@@ -63,7 +63,7 @@ hlt
 """
 
 
-@pytest.mark.parametrize("ring", [0, 3])
+@pytest.mark.parametrize("ring", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_struck_at_any_moment_the_next_reset_brings_all_back(ring: int) -> None:
     with machine_of(code(GUEST), ring) as machine:
         first = machine.snapshot()
@@ -103,7 +103,7 @@ def test_struck_at_any_moment_the_next_reset_brings_all_back(ring: int) -> None:
         assert hit > 10
 
 
-@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize("mine", [False, True])
 def test_struck_at_any_moment_a_loop_leaves_nothing_behind(batch: int, mine: bool) -> None:
     with machine_of(code(SUMMING), 3) as machine:

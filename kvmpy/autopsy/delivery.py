@@ -21,10 +21,8 @@ from kvmpy.x86.segments import Segment
 __all__ = ["Chain", "chain", "deliver"]
 
 _CONTRIBUTORY: Final = frozenset((0, TS, NP, SS, GP))
-_NO_SOFTWARE: Final = (
-    1,
-    6,
-)  # asked for, but by no INT n, INT3 or INTO: EXT is set (SDM Vol.3 6.13)
+# Asked for, but by no INT n, INT3 or INTO: EXT is set (SDM Vol.3 6.13).
+_NO_SOFTWARE: Final = (1, 6)
 _LONGEST: Final = 6  # a chain has four at most: #UD, #GP, #DF, and what stops that
 _GATE_CAUSES: Final = (
     ("not present: #NP", "gate-not-present"),
