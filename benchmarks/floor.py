@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import os
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,13 +26,18 @@ class FloorError(KvmpyError):
     """The C side cannot be built, or its KVM calls fail."""
 
 
+def is_built(name: str) -> bool:
+    """Whether there is a module of that name that this Python can load, and not another one."""
+    return any((BUILD / f"{name}{suffix}").exists() for suffix in EXTENSION_SUFFIXES)
+
+
 def load() -> Any:
     """The compiled module, with `ffi` and `lib`; built where the sources have changed."""
     read = [
         path.read_bytes() for path in (*SOURCES, HERE / "floor.h", *sorted(CSRC.glob("*.[ch]")))
     ]
     name = "floor_" + hashlib.sha256(b"".join(read)).hexdigest()[:12]
-    if not list(BUILD.glob(f"{name}.*.so")):
+    if not is_built(name):
         _build(name)
     if str(BUILD) not in sys.path:
         sys.path.append(str(BUILD))

@@ -26,7 +26,7 @@ def _loop() -> Any:
     source, header = HERE / "peer_loop.c", HERE / "peer_loop.h"
     digest = hashlib.sha256(source.read_bytes() + header.read_bytes()).hexdigest()
     name = f"peer_loop_{digest[:12]}"
-    if not list(floor.BUILD.glob(f"{name}.*.so")):
+    if not floor.is_built(name):
         _build(name, source, header)
     if str(floor.BUILD) not in sys.path:
         sys.path.append(str(floor.BUILD))

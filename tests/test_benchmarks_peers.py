@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -381,3 +382,14 @@ def test_a_quick_run_has_a_row_for_every_peer(tmp_path: Path) -> None:
             assert bool(figure["missing"]) == (figure["value"] is None)
     assert data["command"].startswith("python -m benchmarks.peers --quick")
     assert data["host"]["backend"] in done.stdout and "quick run" in done.stdout
+
+
+def test_a_module_that_another_python_has_built_is_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    floor = importlib.import_module("benchmarks.floor")
+    monkeypatch.setattr(floor, "BUILD", tmp_path)
+    (tmp_path / "floor_1.cpython-99-x86_64-linux-gnu.so").touch()
+    assert not floor.is_built("floor_1")
+    (tmp_path / f"floor_1{sysconfig.get_config_var('EXT_SUFFIX')}").touch()
+    assert floor.is_built("floor_1")
