@@ -231,6 +231,7 @@ def test_the_command_says_what_is_slower_and_can_fail_for_it(files: tuple[Path, 
     assert [row["verdict"] for row in written["comparisons"]].count("slower") == 1
 
 
+@pytest.mark.slow
 def test_the_command_does_not_pass_what_it_could_not_tell(files: tuple[Path, Path]) -> None:
     before, after = load(files[0]), load(files[1])
     after["measurements"][3]["batches"] = []  # the slower one is "not available here" now

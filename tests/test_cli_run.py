@@ -195,7 +195,7 @@ def test_standard_output_closed_early(image, tmp_path) -> None:
     "arguments",
     [("step", "GUEST"), ("explain", "GUEST"), ("lab",), ("guests",), ("--help",), ("info",)],
 )
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_full_disk_behind_standard_output(image, arguments, unbuffered: str) -> None:
     guest = image(HLT)
     with open("/dev/full", "wb") as full:

@@ -10,11 +10,19 @@ from kvmpy.probe import Finding
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+MEASURES = "8-exit-costs"  # which takes as long as four other pages
 
 
 @pytest.mark.usefixtures("kvm_host")
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page.stem == MEASURES else [])
+        for page in PAGES
+    ],
+    ids=lambda page: page.stem,
+)
 def test_the_blocks_of_a_page(page: Path, tmp_path: Path) -> None:
     """In their order and in one directory, as a reader would type them."""
     not_here = []

@@ -181,6 +181,7 @@ def test_a_thread_with_all_signals_blocked_can_be_stopped(kvm_host: None) -> Non
     assert signal.SIGUSR1 in masks[0]
 
 
+@pytest.mark.slow
 def test_stopping_a_machine_that_is_being_closed_is_harmless(kvm_host: None) -> None:
     current: list[Machine] = []
     done = threading.Event()

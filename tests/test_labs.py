@@ -48,7 +48,10 @@ def wrong_guests() -> list[object]:
             rest = re.sub("^# variant: .*\n", "", text, flags=re.MULTILINE)
             assert old in rest, f"{path.name}: nothing to replace: {old}"
             source = rest.replace(old, new)
-            found.append(pytest.param(number_of(path), source, words, id=f"{path.stem}-{at}"))
+            # One for each exercise at once, the others with the slow tests.
+            marks = [pytest.mark.slow] if at else []
+            name = f"{path.stem}-{at}"
+            found.append(pytest.param(number_of(path), source, words, id=name, marks=marks))
         for words in header(path, "words"):
             found.append(pytest.param(number_of(path), text, ast.literal_eval(words), id=path.stem))
     return found

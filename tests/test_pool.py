@@ -368,7 +368,9 @@ def workers_of(tmp_path: Path) -> list[int]:
     return [pid for pid in found if Path(f"/proc/{pid}").exists()]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_the_end_of_the_parent_is_that_of_the_workers(tmp_path: Path, how: signal.Signals) -> None:
     """Ctrl-C on the terminal, which all processes get; and a parent that is killed."""
     with started(tmp_path, 'if __name__ == "__main__": ') as parent:
@@ -533,6 +535,7 @@ def storm(rounds: int, seed: int, timeout: float) -> None:
     assert (process.returncode, out[-3:], err) == (0, "ok\n", "")
 
 
+@pytest.mark.slow
 def test_kills_closes_and_interrupts_at_random() -> None:
     storm(4, 3, 50)
 

@@ -72,7 +72,7 @@ def test_after_a_reset_a_guest_ends_as_the_first_time(ring: int, pieces: list[st
 
 
 @pytest.mark.parametrize("scope", ["all", "registers"])
-@pytest.mark.parametrize("ring", [0, 3])
+@pytest.mark.parametrize("ring", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_thousand_resets_are_as_one(ring: int, scope: str) -> None:
     body = b"".join(map(code, EVERYWHERE)) + code(END)
     with machine_of(body, ring) as machine:

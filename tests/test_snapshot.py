@@ -182,7 +182,7 @@ def nested(machine: Machine, snapshot: Any) -> Iterator[Machine]:
     yield machine
 
 
-WAYS = (in_place, spawned, nested)
+WAYS = (in_place, spawned, pytest.param(nested, marks=pytest.mark.slow))
 
 
 @settings(max_examples=12)

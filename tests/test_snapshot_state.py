@@ -201,7 +201,7 @@ def test_an_interrupt_that_waits_without_an_irqchip() -> None:
             machine.restore(waiting)
 
 
-@pytest.mark.parametrize("irqchip", ["split", "full"])
+@pytest.mark.parametrize("irqchip", ["split", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_timer_in_flight_and_a_guest_that_sleeps(irqchip: str) -> None:
     timer = """
     mov dword ptr [rdi + 0x3e0], 0xb

@@ -403,6 +403,7 @@ def test_watching_lets_the_machine_run_between_two_exits() -> None:
 # Devices that come and go on another thread -------------------------------------------------
 
 
+@pytest.mark.slow
 def test_claims_change_on_another_thread_while_the_guest_runs() -> None:
     """Devices next to those that the guest uses come and go; each access finds its own."""
     code = bytes.fromhex(
