@@ -28,7 +28,7 @@ from kvmpy.exits import FailEntry, Shutdown
 from kvmpy.modes import build, entry_state
 from kvmpy.probe import probe
 from kvmpy.x86.exceptions import ERROR_CODE_VECTORS
-from kvmpy.x86.flags import CR0, CR4, EFER
+from kvmpy.x86.flags import CR0, CR4, EFER, RFLAGS
 from kvmpy.x86.registers import REGISTER_NAMES, Registers
 from kvmpy.x86.segments import DescriptorTable
 from kvmpy.x86.state import SpecialRegisters
@@ -299,6 +299,7 @@ def test_iret_shows_its_whole_frame(cs: int, ss: int, cause: str) -> None:
     ("words", "hint"),
     [
         ((2, 0x2042, 8, 0x10046, 0x9000), "it begins a word later"),  # #PF's error code
+        ((2, 0x2042, 8, 0x13046, 0x9000), "it begins a word later"),  # with an IOPL of 3
         ((8, 0x10046, 0x9000, 0x10, 0), "it begins a word earlier"),
         ((8, 0x2042, 2, 0x9000, 0x10), "the two are swapped"),
         ((0x10, 0x9000, 2, 0x2000, 8), "the frame has the code selector 0x9000"),
@@ -679,11 +680,13 @@ def test_a_large_page_without_ps_whose_page_could_be_a_table() -> None:
         (lambda s: setattr(s.special.ds, "limit", 0xFFFF_F000), "DS's limit"),
         (lambda s: setattr(s.registers, "rip", 1 << 47), "is not canonical"),
         (lambda s: setattr(s.registers, "rflags", 0), "RFLAGS bit 1"),
+        (lambda s: setattr(s.registers, "rflags", 0x8002), "RFLAGS 0x8002 has reserved bits set"),
         (lambda s: setattr(s.special, "cr4", int(CR4.PCIDE)), "CR4.PAE"),
     ],
 )
 def test_a_refused_entry_names_the_rule(change, words) -> None:
     scene = scene_at(b"\xf4")
+    scene.registers.rflags |= RFLAGS.IOPL
     assert broken_rules(scene) == []
     change(scene)
     assert any(words in rule for rule in broken_rules(scene))

@@ -1,6 +1,6 @@
 """The control bits that the kernel's headers do not name, and unknown bits."""
 
-from kvmpy.x86.flags import CR0, CR4, EFER, RFLAGS
+from kvmpy.x86.flags import CR0, CR4, EFER, RFLAGS, may_be_rflags
 
 
 def test_efer_bits_by_the_manuals() -> None:
@@ -21,3 +21,10 @@ def test_unknown_bits_are_kept() -> None:
 def test_iopl_is_a_field_of_two_bits() -> None:
     assert RFLAGS.IOPL == 0x3000
     assert (RFLAGS(0x1002) & RFLAGS.IOPL) >> 12 == 1
+
+
+def test_what_rflags_can_be() -> None:
+    assert all(may_be_rflags(word) for word in (2, 0x3202, 0x246, 0x10006))
+    assert not any(
+        may_be_rflags(word) for word in (0, 0x3200, 0x8002, 0x401002 | 1 << 5, 1 << 32 | 2)
+    )

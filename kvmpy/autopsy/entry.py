@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from kvmpy.autopsy.scene import Scene
 from kvmpy.views.formats import canonical_bits, is_canonical
-from kvmpy.x86.flags import CR0, CR4, EFER, RFLAGS
+from kvmpy.x86.flags import CR0, CR4, EFER, RFLAGS, RFLAGS_RESERVED
 from kvmpy.x86.state import SpecialRegisters
 
 __all__ = ["broken_rules"]
@@ -80,7 +80,7 @@ def _rest(scene: Scene) -> Iterator[str]:
         yield f"RIP {rip:#x} is above 4 GiB outside of 64-bit code"
     if not rflags & RFLAGS.FIXED:
         yield "RFLAGS bit 1 is clear"
-    if rflags & ~(sum(RFLAGS) | RFLAGS.FIXED):
+    if rflags & RFLAGS_RESERVED:
         yield f"RFLAGS {rflags:#x} has reserved bits set"
     if special.efer & EFER.LMA and rflags & RFLAGS.VM:
         yield "RFLAGS.VM is set in long mode"

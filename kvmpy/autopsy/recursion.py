@@ -6,7 +6,7 @@ from typing import Final
 
 from kvmpy.autopsy.scene import Scene
 from kvmpy.views.linear import read_linear
-from kvmpy.x86.flags import RFLAGS
+from kvmpy.x86.flags import may_be_rflags
 
 __all__ = ["recursion"]
 
@@ -14,7 +14,6 @@ _LOOKED_AT: Final = 0x10000  # bytes above RSP
 _OFTEN: Final = 8  # so many exceptions inside of each other, and it is no accident
 _DEEP: Final = 64  # so many calls, where recursion may be meant
 _CALLS: Final = (2, 3, 5, 6, 7)  # lengths of CALL: FF /2 of some forms, E8 with its displacement
-_NEVER: Final = ~(sum(RFLAGS) | RFLAGS.FIXED)  # bits that RFLAGS cannot have
 
 
 def recursion(scene: Scene) -> str:
@@ -24,7 +23,7 @@ def recursion(scene: Scene) -> str:
     frames = Counter(
         rip
         for rip, selector, flags in zip(words, words[1:], words[2:], strict=False)
-        if cs and selector == cs and _is_flags(flags)
+        if cs and selector == cs and may_be_rflags(flags)
     )
     often = [rip for rip, count in frames.items() if count >= _OFTEN]
     if often:
@@ -54,10 +53,6 @@ def _stack(scene: Scene) -> Sequence[int]:
         data = scene.read(at, _LOOKED_AT) or b""
     ends = range(0, len(data) - size + 1, size)
     return [int.from_bytes(data[start : start + size], "little") for start in ends]
-
-
-def _is_flags(word: int) -> bool:
-    return bool(word & RFLAGS.FIXED) and not word & _NEVER
 
 
 def _follows_call(scene: Scene, back: int) -> bool:

@@ -9,7 +9,7 @@ from kvmpy.autopsy.scene import Scene
 from kvmpy.autopsy.selectors import check_code, check_stack
 from kvmpy.views.descriptors import look_up
 from kvmpy.views.formats import canonical_bits, is_canonical
-from kvmpy.x86.flags import CR0, RFLAGS
+from kvmpy.x86.flags import CR0, RFLAGS, may_be_rflags
 
 __all__ = ["check_transfer"]
 
@@ -85,10 +85,10 @@ def _slip(scene: Scene, words: Sequence[int], size: int) -> str:
     if scene.mode.bits == 64 and size == 4 and _is_code(scene, scene.stack_slot(1, 8) or 0):
         return "it has words of 8 bytes, and this pops words of 4: IRETQ and LRETQ pop 8"
     whole = len(words) == 5
-    if whole and _is_code(scene, words[2]) and _is_flags(words[3]):
+    if whole and _is_code(scene, words[2]) and may_be_rflags(words[3]):
         return "it begins a word later: an error code, or what was pushed last, is still there"
     swapped = _is_code(scene, words[0])
-    if whole and swapped and _is_flags(words[1]) and not _is_flags(words[2]):
+    if whole and swapped and may_be_rflags(words[1]) and not may_be_rflags(words[2]):
         return f"it begins a word earlier: {words[0]:#x} would be CS, and RIP was popped already"
     return f"{words[0]:#x} would be a code selector: the two are swapped" if swapped else ""
 
@@ -96,11 +96,6 @@ def _slip(scene: Scene, words: Sequence[int], size: int) -> str:
 def _is_code(scene: Scene, word: int) -> bool:
     segment = look_up(scene.read, scene.special, word & 0xFFFF).segment
     return bool(0 < word & ~3 < 0x10000 and segment is not None and segment.s and segment.type & 8)
-
-
-def _is_flags(word: int) -> bool:
-    """Whether RFLAGS can be that, and with bit 1, which is always set, an address hardly is."""
-    return bool(word & RFLAGS.FIXED) and not word & ~(sum(RFLAGS) | RFLAGS.FIXED)
 
 
 def _frame_words(words: Sequence[int], layout: str) -> str:

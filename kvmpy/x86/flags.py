@@ -5,9 +5,9 @@ a value that may have others, write `value & ~int(CR0.PE)`.
 """
 
 from enum import KEEP, IntFlag
-from typing import Self
+from typing import Final, Self
 
-__all__ = ["CR0", "CR4", "EFER", "RFLAGS"]
+__all__ = ["CR0", "CR4", "EFER", "RFLAGS", "RFLAGS_RESERVED", "may_be_rflags"]
 
 
 class _Bits(IntFlag, boundary=KEEP):
@@ -110,3 +110,14 @@ class RFLAGS(_Bits, boundary=KEEP):
     VIF = 1 << 19, "Virtual interrupt flag."
     VIP = 1 << 20, "Virtual interrupt pending."
     ID = 1 << 21, "CPUID is there where software can change this bit."
+
+
+# IOPL, of two bits, is none of those that an iteration over the class gives; and as flags, ~ would
+# invert bits with names only.
+RFLAGS_RESERVED: Final = ~(sum(RFLAGS) | int(RFLAGS.IOPL))
+"""The bits that RFLAGS cannot have."""
+
+
+def may_be_rflags(word: int) -> bool:
+    """Whether RFLAGS can be that. With bit 1, which is always set, an address hardly is."""
+    return bool(word & RFLAGS.FIXED) and not word & RFLAGS_RESERVED
