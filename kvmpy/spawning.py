@@ -1,9 +1,7 @@
 """New machines made from a snapshot, and the devices that they get when they need them."""
 
-import os
 import sys
 from collections.abc import Callable
-from threading import RLock
 from typing import Any, Self
 
 from kvmpy.copying import Copying
@@ -15,18 +13,6 @@ from kvmpy.snapshot import Snapshot
 from kvmpy.snapshot.snapshot import check_snapshot
 
 __all__ = ["Spawning"]
-
-
-class _Late:
-    lock = RLock()
-    """Two vCPUs may need a device at the same time."""
-
-    @classmethod
-    def in_child(cls) -> None:
-        cls.lock = RLock()  # the thread that had the other one may not exist there
-
-
-os.register_at_fork(after_in_child=_Late.in_child)
 
 
 class Spawning(Copying):
@@ -102,7 +88,7 @@ class Spawning(Copying):
 
     def _attach_late(self) -> Dispatch:
         """Make the devices of a machine that was made from a snapshot, as it has them."""
-        with _Late.lock:
+        with self.vm.whole:  # two vCPUs may need a device at the same time
             if self._dispatch is None:
                 made = self._standard()
                 if self._waiting is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kvmpy import ClosedError, ConfigError, HostError, Machine, runs, spawning
+from kvmpy import ClosedError, ConfigError, HostError, Machine, runs
 from kvmpy.abi import lib
 from kvmpy.devices import Capture, Sink
 from kvmpy.memory import Memory
@@ -284,15 +284,18 @@ def test_a_child_closes_while_another_thread_stops_the_machine() -> None:
         assert status_of_child(machine.close) == 0
 
 
-def test_a_child_makes_machines_while_another_thread_makes_devices() -> None:
+def test_a_child_asks_for_devices_while_another_thread_makes_them() -> None:
+    """And makes machines of its own."""
+
     def work() -> None:
-        with Machine.from_snapshot(snapshot) as made:
-            assert made.devices
-            assert made.run(PATIENCE).outcome == "halt"
+        assert made.devices
+        with Machine.from_snapshot(snapshot) as own:
+            assert own.devices
+            assert own.run(PATIENCE).outcome == "halt"
 
     with machine_with_more() as machine:
         snapshot = machine.snapshot()
-        with held_by_another_thread(spawning._Late.lock):
+        with Machine.from_snapshot(snapshot) as made, held_by_another_thread(made.vm.whole):
             assert status_of_child(work) == 0
 
 
