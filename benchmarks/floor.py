@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import TracebackType
@@ -33,27 +34,33 @@ def is_built(name: str) -> bool:
 
 def load() -> Any:
     """The compiled module, with `ffi` and `lib`; built where the sources have changed."""
-    read = [
-        path.read_bytes() for path in (*SOURCES, HERE / "floor.h", *sorted(CSRC.glob("*.[ch]")))
-    ]
-    name = "floor_" + hashlib.sha256(b"".join(read)).hexdigest()[:12]
+    header = HERE / "floor.h"
+    return compiled("floor", header, '#include "floor.h"', SOURCES, sorted(CSRC.glob("*.[ch]")))
+
+
+def compiled(
+    what: str, header: Path, text: str, sources: Sequence[Path], more: Iterable[Path] = ()
+) -> Any:
+    """A module of C that is only measured against; `more` are what its sources include."""
+    read = [path.read_bytes() for path in (*sources, header, *more)]
+    name = f"{what}_{hashlib.sha256(b''.join(read)).hexdigest()[:12]}"
     if not is_built(name):
-        _build(name)
+        _build(name, header, text, sources)
     if str(BUILD) not in sys.path:
         sys.path.append(str(BUILD))
     importlib.invalidate_caches()
     return importlib.import_module(name)
 
 
-def _build(name: str) -> None:
+def _build(name: str, header: Path, text: str, sources: Sequence[Path]) -> None:
     from cffi import FFI, VerificationError
 
     builder = FFI()
-    builder.cdef((HERE / "floor.h").read_text())
+    builder.cdef(header.read_text())
     builder.set_source(
         name,
-        '#include "floor.h"',
-        sources=[str(path) for path in SOURCES],
+        text,
+        sources=[str(path) for path in sources],
         include_dirs=[str(HERE), str(CSRC)],
         extra_compile_args=FLAGS,
     )

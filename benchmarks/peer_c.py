@@ -1,9 +1,6 @@
 """Bare C: the machine of floor.c, in the loop of peer_loop.c."""
 
 import errno
-import hashlib
-import importlib
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -23,34 +20,8 @@ NO_LIMIT = (1 << 64) - 1
 @cache
 def _loop() -> Any:
     """The compiled module of peer_loop.c, built where that has changed."""
-    source, header = HERE / "peer_loop.c", HERE / "peer_loop.h"
-    digest = hashlib.sha256(source.read_bytes() + header.read_bytes()).hexdigest()
-    name = f"peer_loop_{digest[:12]}"
-    if not floor.is_built(name):
-        _build(name, source, header)
-    if str(floor.BUILD) not in sys.path:
-        sys.path.append(str(floor.BUILD))
-    importlib.invalidate_caches()
-    return importlib.import_module(name)
-
-
-def _build(name: str, source: Path, header: Path) -> None:
-    from cffi import FFI, VerificationError
-
-    builder = FFI()
-    builder.cdef(header.read_text())
-    builder.set_source(
-        name,
-        f'#include <stdint.h>\n#include "{header.name}"',
-        sources=[str(source)],
-        include_dirs=[str(HERE)],
-        extra_compile_args=floor.FLAGS,
-    )
-    floor.BUILD.mkdir(exist_ok=True)
-    try:
-        builder.compile(tmpdir=str(floor.BUILD))
-    except (VerificationError, OSError) as error:
-        raise floor.FloorError(f"cannot build the C loop: {error}; it needs gcc") from None
+    text = '#include <stdint.h>\n#include "peer_loop.h"'
+    return floor.compiled("peer_loop", HERE / "peer_loop.h", text, [HERE / "peer_loop.c"])
 
 
 class _Guest:
