@@ -743,7 +743,7 @@ def test_a_posted_machine_can_be_driven_by_its_vcpu(posted: dict[str, Any]) -> N
         assert machine.console == bytes(range(40, 0, -1))
 
 
-class _InterruptedAfter(set):  # type: ignore[type-arg]
+class _InterruptedAfter(set[Any]):
     """A set to which adding is the last that is done before Ctrl-C."""
 
     def add(self, one: object) -> None:
