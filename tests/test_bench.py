@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from kvmpy import ConfigError, HostError, Interrupted, KvmpyError, Machine, assemble
+from kvmpy import ConfigError, Interrupted, KvmpyError, Machine, assemble
 from kvmpy import bench as kvmpy_bench
 from kvmpy.abi import ffi, lib
 from kvmpy.bench import (
@@ -34,7 +34,7 @@ from kvmpy.bench import (
 from kvmpy.bench.catalogue import OPERATIONS, left_out
 from kvmpy.bench.exits import STRING
 from kvmpy.bench.guest import GuestBench, Kind
-from kvmpy.bench.model import Unmeasured
+from kvmpy.bench.model import FAILED, Unmeasured
 from kvmpy.bench.report import table
 from kvmpy.bench.results import SCHEMA, check_writable, document, load, save, to_csv
 from kvmpy.bench.runner import GROUP, groups, measure_cases, pinning
@@ -378,8 +378,40 @@ def run_in(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
 
 def test_a_case_that_ends_its_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     run_in(monkeypatch, "import sys; sys.exit('out of luck')")
-    with pytest.raises(HostError, match=r"pio-out.*out of luck"):
-        measure_cases(CASES[:2], 10, 1)
+    found = measure_cases(CASES[:2], 10, 2)
+    assert [(one.case, one.status) for one in found] == [(one, FAILED) for one in CASES[:2]]
+    assert all(one.reason.endswith("ended with status 1: out of luck") for one in found)
+
+
+@pytest.mark.usefixtures("kvm_host")
+def test_a_case_that_fails_costs_no_other_and_its_name_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run_in(
+        monkeypatch,
+        """if True:
+        import sys
+        from kvmpy.bench import worker
+        def run_job(job, reference):
+            if job["level"] == "python":
+                raise worker.KvmpyError("59 exits were counted, not 60")
+            return worker.Batch(worker.Case("x"), worker.np.ones(3), reference=(1.0, 1.0))
+        worker.run_job = run_job
+        sys.exit(worker.main(sys.argv[1:]))
+        """,
+    )
+    path = tmp_path / "a.json"
+    arguments = ["pio-out-2", "--mode", "long", "--batches", "2", "--json", str(path)]
+    done = CliRunner().invoke(bench, arguments, standalone_mode=False)
+    assert done.return_value == 125
+    assert "failed: pio-out-2/python/long; the table says why" in done.stderr
+    assert "59 exits were counted, not 60" in done.stdout
+    found = json.loads(path.read_text())
+    jsonschema.validate(found, json.loads(SCHEMA.read_text()))
+    assert {one["level"]: one["status"] for one in found["measurements"]} == {
+        "c": "measured",
+        "python": FAILED,
+    }
 
 
 @pytest.mark.slow

@@ -38,7 +38,8 @@ def measure(
 ) -> Measurement:
     """Measure one case: `samples` in all, in `batches` processes of their own.
 
-    What is measured many at a time, or waits between samples, has fewer: see "How it is taken" in
+    What cannot be measured here comes back with a `status` and a `reason`, and no batches. What is
+    measured many at a time, or waits between samples, has fewer: see "How it is taken" in
     benchmarks/README.md.
 
     Without `level` it is "c", and without `mode` "long", or else the first that the operation

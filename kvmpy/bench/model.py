@@ -36,10 +36,14 @@ Floats: TypeAlias = NDArray[np.float64]
 Ticks: TypeAlias = NDArray[np.uint64]
 
 
+FAILED: Final = "failed here"
+
+
 class Unmeasured(KvmpyError):
     """A case that has no number here, and why.
 
-    `status` is "does not exit here", "not available here" or "hangs here".
+    `status` is "does not exit here", "not available here" or "hangs here", or `FAILED` where
+    measuring it went wrong.
     """
 
     def __init__(self, status: str, reason: str) -> None:

@@ -12,10 +12,10 @@ from time import monotonic
 from typing import Final
 
 from kvmpy.bench.measurement import Measurement
-from kvmpy.bench.model import Batch, Case, Unmeasured
+from kvmpy.bench.model import FAILED, Batch, Case, Unmeasured
 from kvmpy.bench.reference import baseline, disturbed
 from kvmpy.bench.worker import frames, unpack
-from kvmpy.errors import ConfigError, HostError
+from kvmpy.errors import ConfigError
 from kvmpy.kvm import backend, nested
 
 __all__ = ["MOST_SAMPLES", "groups", "measure_cases", "pinning", "refuse_bad_numbers"]
@@ -79,7 +79,7 @@ def measure_cases(
 
     A batch that was disturbed (see `reference`) is taken again, up to three times, but none
     after so many `seconds`. `progress` is called with the number of batches done and that of
-    all. Raises HostError where measuring itself fails.
+    all. A case of which a batch fails has that status and the reason, and costs no other.
     """
     refuse_bad_numbers(samples, batches)
     if samples > MOST_SAMPLES:
@@ -178,15 +178,12 @@ def _measured(group: Sequence[Case], samples: int) -> list[tuple[Case, Batch | U
         left = group[len(results) :]
         output, why = _process(left, samples)
         for case, (facts, data) in zip(left, frames(output), strict=False):
-            if "error" in facts:
-                raise HostError(f"measuring {case} failed: {facts['error']}")
             absent = Unmeasured(facts["status"], facts["reason"]) if facts else None
             results.append((case, absent or unpack(case, data)))
         if len(results) < len(group):
             case = group[len(results)]
-            if "did not end" not in why:
-                raise HostError(f"measuring {case} failed: {why or 'its process said nothing'}")
-            results.append((case, Unmeasured("hangs here", why)))
+            status = "hangs here" if "did not end" in why else FAILED
+            results.append((case, Unmeasured(status, why or "its process said nothing")))
     return results
 
 

@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 
 from kvmpy.bench.catalogue import OPERATIONS
-from kvmpy.bench.model import Batch, Case, Conditions, Unmeasured
+from kvmpy.bench.model import FAILED, Batch, Case, Conditions, Unmeasured
 from kvmpy.bench.reference import Reference
 from kvmpy.errors import KvmpyError
 
@@ -105,7 +105,7 @@ def main(arguments: list[str]) -> int:
         except Unmeasured as error:
             facts = {"status": error.status, "reason": error.reason}
         except KvmpyError as error:
-            facts = {"error": str(error)}
+            facts = {"status": FAILED, "reason": str(error)}
         text = json.dumps(facts).encode()
         sys.stdout.buffer.write(_HEAD.pack(len(text), len(data)) + text + data)
         sys.stdout.buffer.flush()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kvmpy.cli import HOST_FAILED
 from kvmpy.cli.benchwords import BenchCommand, need_numpy, show
 from kvmpy.errors import ConfigError
 
@@ -121,9 +122,14 @@ def bench(
 
 def _end(measured: "Sequence[Measurement]", plan: "Sequence[Case]") -> int:
     """The exit status; and what an interrupted run lacks, in a line."""
+    from kvmpy.bench.model import FAILED
+
     whole = sum(one.complete for one in measured)
     if whole == len(plan):
-        return 0
+        failed = [str(one.case) for one in measured if one.status == FAILED]
+        if failed:
+            click.echo(f"failed: {', '.join(failed)}; the table says why", err=True)
+        return HOST_FAILED if failed else 0
     begun = f"{len(measured) - whole} more in part" if len(measured) > whole else "no other"
     click.echo(f"interrupted: {whole} of {len(plan)} cases whole, {begun}", err=True)
     return 130
